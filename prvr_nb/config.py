@@ -132,7 +132,7 @@ def paper_schedule(
     if counts[-1] != end: raise UserError(f"merge_schedule: the rule gives {counts[:-1]} and steps over {end}; name the counts yourself")
     return counts
 
-# %% ../nbs/09_config.ipynb #b015da8f
+# %% ../nbs/09_config.ipynb #f78b1f7b
 # Section 9 of the released configuration, one row per dataset; `toy` is ours, chosen for a demo of minutes on a laptop.
 PUBLISHED = {
     "tvr": dict(lr=3e-4, margin=0.1, drop=0.20, sft_factor=0.09, loss_factor_clip=0.05, loss_factor_frame=0.04, tau=0.80),
@@ -140,7 +140,7 @@ PUBLISHED = {
     "charades": dict(lr=2e-4, margin=0.2, drop=0.25, sft_factor=0.6, loss_factor_clip=0.02, loss_factor_frame=0.04, tau=0.85),
     "qvhighlight": dict(lr=2.5e-4, margin=0.2, drop=0.31, sft_factor=0.6, loss_factor_clip=0.02, loss_factor_frame=0.04, tau=0.70),
 }
-TOY = dict(PUBLISHED["charades"], tau=0.7, lr=1e-3, epochs=12, batch=64, hidden=64, drop=0.1, hard_negative_epoch=6)
+TOY = dict(PUBLISHED["charades"], tau=0.7, lr=2e-4, epochs=20, batch=16, hidden=64, drop=0.1, hard_negative_epoch=10, merge_schedule=(64, 40, 32))
 PAPER = dict(merge_similarity="cosine", merge_schedule=paper_schedule(), omega_closure=False, segment_levels=(32, 20, 12, 8, 6, 5),
              cbva_similarity="cosine", cbva_normalisation="softmax", tcpl_average="off_diagonal")
 
@@ -151,7 +151,8 @@ def published_config(
 )->Config: # ready for a run
     "The published values for a dataset, then the variant's options, then your own; an unknown collection takes the charades row and tau = 0.7."
     row = TOY if dataset == "toy" else PUBLISHED.get(dataset, dict(PUBLISHED["charades"], tau=0.7))
-    return make_config({"dataset": dataset, "variant": variant, **row, **(PAPER if variant == "paper" else {}), **overrides}, "configuration")
+    paper = {k: v for k, v in PAPER.items() if k not in row} if variant == "paper" else {}
+    return make_config({"dataset": dataset, "variant": variant, **row, **paper, **overrides}, "configuration")
 
 def make_config(
     values:dict, # field names and values

@@ -64,7 +64,7 @@ def angle_cosines(
     products = g - rows[:, :, None] - rows[:, None, :] + g.diagonal()[vertices, None, None]
     return products.mul_(r[:, :, None]).mul_(r[:, None, :]).float().clamp_(-1, 1)
 
-# %% ../nbs/06_tcpl.ipynb #c9ead315
+# %% ../nbs/06_tcpl.ipynb #82ecd8d8
 class AngleLoss(torch.autograd.Function):
     "Mean smooth-L1 of all Q³ angle cosines, block by block; the gradient with respect to the Gram matrix is made in the same pass."
     @staticmethod
@@ -97,10 +97,10 @@ class AngleLoss(torch.autograd.Function):
 def angle_loss(
     student:Tensor, # (Q, d) query embeddings
     teacher:Tensor, # (Q, D_q) CLIP's [EOS] features
-    block_bytes:int=2**27, # memory for one block of vertices
+    block_bytes:int=2**23, # memory for one block of vertices
 )->Tensor: # scalar
     "Smooth-L1 between all angle cosines of student and teacher, averaged over Q³ (paper, Eq. 5–6)."
-    block = max(1, block_bytes // (8 * len(student)**2 * 4))
+    block = max(1, block_bytes // (32 * len(student)**2)) # four float64 arrays of (block, Q, Q)
     with torch.no_grad(): target = gram(teacher)
     return AngleLoss.apply(gram(student), target, block).to(student.dtype)
 
