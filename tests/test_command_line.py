@@ -2,6 +2,7 @@
 import dataclasses
 import http.server
 import json
+import random
 import subprocess
 import sys
 import tarfile
@@ -151,7 +152,8 @@ def server():
 
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
 def test_download_continues_and_unpacks(kind, server, root, tmp_path, capsys):
-    archive = tmp_path / f"pack.{kind}"
+    archive, filler = tmp_path / f"pack.{kind}", root / "toy" / "FeatureData" / "filler.bin"
+    filler.write_bytes(random.Random(0).randbytes(4_000_000))  # several of the pieces in which files arrive
     if kind == "zip":
         with zipfile.ZipFile(archive, "w") as file:
             for path in sorted((root / "toy").rglob("*.*")):
