@@ -1,15 +1,27 @@
-"""Partially Relevant Video Retrieval: train, evaluate and search from Python.
+"""Partially Relevant Video Retrieval: everything that a script needs for a run, from one import.
 
-Everything a script needs for a run, from one import; this file is the only one of the package that is written by hand.
+This file is the only one of the package that is written by hand. Names are looked up when they are first used, so that the commands answer
+at once to `--help` instead of importing PyTorch first.
 """
 __version__ = "0.1.0"
 
-from prvr_nb.config import Config, UserError, published_config
-from prvr_nb.evaluation import embed, evaluate, zero_shot
-from prvr_nb.model import PRVRModel, from_released, load_checkpoint, load_released, save_checkpoint, to_released
-from prvr_nb.prepared import Corpus, prepare
-from prvr_nb.toy import write_toy
-from prvr_nb.training import train
+from importlib import import_module
 
-__all__ = ["Config", "Corpus", "PRVRModel", "UserError", "embed", "evaluate", "from_released", "load_checkpoint", "load_released", "prepare",
-           "published_config", "save_checkpoint", "to_released", "train", "write_toy", "zero_shot"]
+_MODULE_OF = {
+    "Config": "config", "UserError": "config", "published_config": "config",
+    "Corpus": "prepared", "prepare": "prepared",
+    "PRVRModel": "model", "load_checkpoint": "model", "save_checkpoint": "model", "load_released": "model", "from_released": "model", "to_released": "model",
+    "embed": "evaluation", "evaluate": "evaluation", "zero_shot": "evaluation",
+    "train": "training", "write_toy": "toy",
+}
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])
