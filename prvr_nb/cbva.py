@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .merging import group_means
 
-# %% ../nbs/07_cbva.ipynb #dbe76300
+# %% ../nbs/07_cbva.ipynb #4723380c
 def log_total(
     logits:Tensor, # (B, R, C)
     chosen:Tensor, # (B, R, C) boolean
@@ -21,7 +21,7 @@ def log_total(
     "log of the sum or mean of exp(logits) over some columns."
     count = chosen.sum(-1)
     kept = logits.masked_fill(~chosen, -torch.inf)
-    total = torch.where(count[..., None] > 0, kept, 0.).logsumexp(-1) # a row of −inf alone would have NaN gradients
+    total = torch.where(count[..., None] > 0, kept, 0.).logsumexp(-1) # a row of −inf alone would send NaN backwards
     return total - count.clamp(min=1).log() if mean else total
 
 # %% ../nbs/07_cbva.ipynb #e28849b0

@@ -74,24 +74,25 @@ def train_command(argv:list|None=None)->int:
         print(text_table(train(config, args.root, args.out)))
     return run_command(main, parser, argv)
 
-# %% ../nbs/16_command_line.ipynb #f9156ea5
+# %% ../nbs/16_command_line.ipynb #920419fa
 def eval_command(argv:list|None=None)->int:
     "prvr_eval: evaluate a checkpoint."
     parser = argparse.ArgumentParser("prvr_eval", description="Evaluate a checkpoint on a split; prints the table and, with --out, writes metrics.json.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="best.safetensors of a run folder, or the folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder, its best.safetensors, or a .ckpt of the released code")
     parser.add_argument("--root", required=True, type=Path, help="folder that holds the collections")
-    parser.add_argument("--dataset", help="collection name; default: the one it was trained on")
+    parser.add_argument("--dataset", help="collection name; default: the one it was trained on; a .ckpt takes its published settings")
     parser.add_argument("--split", default="val", help="train, val or test")
     parser.add_argument("--out", type=Path, help="folder for metrics.json")
 
     def main(args):
         from accelerate import Accelerator
         from prvr_nb.evaluation import evaluate, zero_shot
-        from prvr_nb.model import load_checkpoint
+        from prvr_nb.model import load_checkpoint, load_released
         from prvr_nb.prepared import prepare
         from prvr_nb.report import text_table
         path = args.checkpoint/"best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
-        model = load_checkpoint(path)
+        if path.suffix == ".ckpt" and not args.dataset: raise UserError(f"{path} does not say what it was trained on; add --dataset")
+        model = load_released(path, published_config(args.dataset)) if path.suffix == ".ckpt" else load_checkpoint(path)
         corpus, = prepare(args.root, replace(model.config, dataset=args.dataset or model.config.dataset), (args.split,))
         device = Accelerator().device
         rows = zero_shot(corpus, device) + [{"name": path.parent.name, **evaluate(model, corpus, device)}]

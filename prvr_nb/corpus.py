@@ -136,7 +136,7 @@ def feature_problem(
     if not np.isfinite(array).all(): return "holds NaN or infinity; extract it again"
     return None
 
-# %% ../nbs/01_corpora.ipynb #2b310f06
+# %% ../nbs/01_corpora.ipynb #8fbdc3c0
 def common_width(
     file:h5py.File, # open feature file
     ids:list, # ids that will be read
@@ -145,8 +145,9 @@ def common_width(
     "The width that most of the first entries have; only shapes are read."
     widths = Counter()
     for id in ids[:first]:
-        try: widths[file[feature_key(file, id)].shape[1]] += 1
-        except (*UNREADABLE, AttributeError, IndexError): continue # named when it is read
+        try: rows, columns = file[feature_key(file, id)].shape
+        except (*UNREADABLE, AttributeError): continue # named when it is read
+        if rows and columns: widths[columns] += 1
     return widths.most_common(1)[0][0] if widths else None
 
 # %% ../nbs/01_corpora.ipynb #b324d134

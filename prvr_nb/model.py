@@ -159,16 +159,15 @@ def save_checkpoint(
     save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, aside, metadata=meta)
     aside.replace(path)
 
-# %% ../nbs/11_model.ipynb #513f8b17
+# %% ../nbs/11_model.ipynb #3ef9d24f
 def stored_config(
     meta:dict, # strings noted in a safetensors file
     source:str, # file, for the error message
 )->Config: # what the model was trained with
     "The configuration in a checkpoint; raises UserError when there is none, or none of ours."
     if "config" not in meta: raise UserError(f"{source} holds no configuration; it was not written by prvr_nb: name the .safetensors file of a run folder")
-    try: return make_config(json.loads(meta["config"]), source)
-    except UserError: raise
-    except (ValueError, TypeError): raise UserError(f"{source} holds a configuration that prvr_nb cannot read; name the .safetensors file of a run folder") from None
+    try: return make_config(json.loads(meta["config"]), "configuration")
+    except (ValueError, TypeError) as error: raise UserError(f"{source} holds a configuration that prvr_nb cannot use ({error}); name the .safetensors file of a run folder") from None
 
 # %% ../nbs/11_model.ipynb #4499687c
 def load_checkpoint(

@@ -11,10 +11,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from prvr_nb.cli import data_command, demo_command, eval_command, train_command
-from prvr_nb.config import Config
+from prvr_nb.config import Config, published_config
 from prvr_nb.corpus import corpus_paths
+from prvr_nb.model import PRVRModel, to_released
 from prvr_nb.toy import write_toy
 
 ROW_KEYS = {"name", "r1", "r5", "r10", "r100", "sum_r", "text_intra", "text_total", "text_diff_norm", "video_intra", "video_total", "video_diff_norm", "spearman"}
@@ -50,6 +52,14 @@ def test_eval_repeats_the_numbers(run, root, tmp_path, capsys):
     trained = json.loads((run / "metrics.json").read_text())["rows"]
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["rows"] == trained
     assert "zero-shot teacher" in capsys.readouterr().out
+
+
+def test_eval_reads_a_released_checkpoint(root, tmp_path, capsys):
+    path = tmp_path / "released.ckpt"
+    torch.save({"state_dict": to_released(PRVRModel(published_config("toy"), 64, 64).state_dict())}, path)
+    assert eval_command(["--checkpoint", str(path), "--root", str(root), "--dataset", "toy"]) == 0
+    assert eval_command(["--checkpoint", str(path), "--root", str(root)]) == 1
+    assert "add --dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", "lr margin drop sft-factor loss-factor-clip loss-factor-frame tau epochs batch hidden heads seed hard-negative-epoch lambda-e lambda-a "
