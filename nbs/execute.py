@@ -19,6 +19,17 @@ def storable(output):
     return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
+def stored(outputs):
+    "The outputs to keep; pieces of stdout become one, since a kernel cuts them where it happens to flush."
+    kept = []
+    for output in filter(storable, outputs):
+        if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def execute(path: Path):
     "Run one notebook in place; the file is replaced only when every cell has run."
     notebook = nbformat.read(path, as_version=4)
@@ -26,7 +37,7 @@ def execute(path: Path):
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if storable(output)]
+            cell.outputs = stored(cell.outputs)
             cell.execution_count = None
             for output in cell.outputs:
                 output.pop("execution_count", None)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/06_tcpl.ipynb #167f8148
+# %% ../nbs/06_tcpl.ipynb #f05ae5d6
 def distances(
     x:Tensor, # (Q, d)
 )->Tensor: # (Q, Q) Euclidean, zero on the diagonal
     "Pairwise distances as sqrt(max(|x|² + |y|² − 2x·y, 1e-12)), with the diagonal set to zero."
     squares = x.pow(2).sum(1)
-    d = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=1e-12).sqrt()
-    return d * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    squared = torch.addmm(squares, x, x.T, alpha=-2).add_(squares[:, None])
+    diagonal = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return squared.clamp(min=1e-12).sqrt().masked_fill(diagonal, 0)
 
 # %% ../nbs/06_tcpl.ipynb #fb00884d
 def unit_mean(
@@ -85,7 +86,7 @@ def angle_cosines(
     r = inverse[vertices]
     return products.to(r.dtype).mul_(r[:, ends, None]).mul_(r[:, None, :]).clamp_(-1, 1)
 
-# %% ../nbs/06_tcpl.ipynb #c6a27497
+# %% ../nbs/06_tcpl.ipynb #6ef1a3d2
 def blocks(
     n:int, # how many
     size:int, # at most so many at once
@@ -100,9 +101,10 @@ def gram_gradient(
     r:Tensor, # (Q, Q) float64 reciprocal distances
 )->Tensor: # (Q, Q) symmetric, rows sum to zero
     "Derivative by the Gram matrix, from the sums over the third index."
-    grad = through_products + 2 * r * (along * r - per_end)
-    grad = ((grad + grad.T) / 2).fill_diagonal_(0)
-    return grad - torch.diag(grad.sum(1))
+    grad = through_products.add_(along.mul_(r).sub_(per_end).mul_(r), alpha=2) # in place: the sums are of no further use
+    grad = (grad + grad.T).div_(2).fill_diagonal_(0)
+    grad.diagonal().copy_(-grad.sum(1))
+    return grad
 
 # %% ../nbs/06_tcpl.ipynb #dfb4ea64
 class AngleLoss(torch.autograd.Function):
@@ -144,7 +146,7 @@ def angle_loss(
     with torch.no_grad(): target = gram(teacher)
     return AngleLoss.apply(gram(student), target, max(1, block_bytes // 32), dtype).to(student.dtype)
 
-# %% ../nbs/06_tcpl.ipynb #2040f3e6
+# %% ../nbs/06_tcpl.ipynb #6c01ddc4
 def tcpl_loss(
     student:Tensor, # (Q, d) query embeddings
     teacher:Tensor, # (Q, D_q) CLIP's [EOS] features
@@ -153,4 +155,5 @@ def tcpl_loss(
     average:str="all", # of the distances, see distance_loss
 )->Tensor: # scalar
     "Text Correlation Preservation Learning: keep CLIP's distances and angles between queries (paper, Eq. 7)."
-    return lambda_e * distance_loss(student, teacher, average) + lambda_a * angle_loss(student, teacher)
+    angle = angle_loss(student, teacher) # first: the distances keep more matrices for their backward pass
+    return lambda_e * distance_loss(student, teacher, average) + lambda_a * angle

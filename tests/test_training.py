@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ from prvr_nb.evaluation import evaluate
 from prvr_nb.model import PRVRModel, load_checkpoint, released_names
 from prvr_nb.prepared import prepare
 from prvr_nb.toy import write_toy
-from prvr_nb.training import BertAdam, all_losses, make_optimizer, parameter_groups, slices, start_run, train, warmup_linear
+from prvr_nb.training import BertAdam, all_losses, make_optimizer, parameter_groups, slices, start_run, train, train_epoch, warmup_linear
 
 ROW_KEYS = {"name", "r1", "r5", "r10", "r100", "sum_r", "text_intra", "text_total", "text_diff_norm",
             "video_intra", "video_total", "video_diff_norm", "spearman"}
@@ -254,6 +255,30 @@ def test_the_first_step_moves_nothing(root):
         optimizer.step()
         schedule.step()
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters())) is moved
+
+
+def test_an_epoch_is_a_plain_loop(root):
+    config = published_config("toy", **{**TINY, "drop": 0., "lr": 1e-3})
+    corpus, = prepare(root, config, ("train",), quiet=True)
+    torch.manual_seed(0)
+    first, second = PRVRModel(config, 64, 64), PRVRModel(config, 64, 64)
+    second.load_state_dict(first.state_dict())
+    loader = DataLoader(range(18), 6, collate_fn=corpus.batch)
+    torch.manual_seed(1)  # random negatives
+    means = train_epoch(first, loader, *make_optimizer(first, config, 10), Accelerator(), config, epoch=0)
+    torch.manual_seed(1)
+    optimizer, schedule = make_optimizer(second, config, 10)
+    sums = dict.fromkeys(means, 0.)
+    for batch in loader:
+        losses = all_losses(second, second(batch), batch, config, 0)
+        for p, g in zip(second.parameters(), torch.autograd.grad(sum(losses.values()), list(second.parameters()))):
+            p.grad = g
+        optimizer.step()
+        schedule.step()
+        sums = {name: total + losses[name].item() for name, total in sums.items()}
+    for (name, p), q in zip(first.named_parameters(), second.parameters()):
+        assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert means == pytest.approx({name: total / 3 for name, total in sums.items()})
 
 
 def test_a_run_leaves_its_files(run):
