@@ -21,13 +21,13 @@ def connected(
     for _ in range((adjacent.shape[-1] - 1).bit_length()): reach = torch.bmm(reach.float(), reach.float()) > 0
     return reach
 
-# %% ../nbs/08_adaptive.ipynb #98257fb6
+# %% ../nbs/08_adaptive.ipynb #1b411632
 def uniformity(
     clips:Tensor, # (B, L_c, D) clip tokens
     tau:float, # two clips are alike above this cosine
     closure:bool=True, # count pairs that are connected through others too (released code); False: paper
 )->Tensor: # (B,) omega in [0, 1], the share of alike pairs
-    "Omega: how uniform a video is, as the share of its clip pairs that are alike (paper, section 3.4)."
+    "Omega: how uniform a video is, as the share of its clip pairs that are alike."
     unit = F.normalize(clips.double(), dim=-1)
     alike = unit @ unit.transpose(1, 2) > tau
     if closure: alike = connected(alike)
@@ -35,13 +35,13 @@ def uniformity(
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=clips.device)
     return (alike & off_diagonal).sum((1, 2)).double() / max(n * (n - 1), 1)
 
-# %% ../nbs/08_adaptive.ipynb #59d9b22d
+# %% ../nbs/08_adaptive.ipynb #487afb88
 def choose_level(
     omega:Tensor, # (B,) uniformity
     n_levels:int, # K
     strict:bool=False, # True: a threshold must be exceeded (paper); False: reaching it is enough (released code)
 )->Tensor: # (B,) level, 0 without merging … K−1 with the fewest segments
-    "Which of K levels a video gets: the thresholds are 1/K, 2/K, …, (K−1)/K (paper, section 3.4)."
+    "Which of K levels a video gets: the thresholds are 1/K, 2/K, …, (K−1)/K."
     thresholds = torch.arange(1, n_levels, dtype=torch.double, device=omega.device) / n_levels
     return torch.bucketize(omega.double(), thresholds, right=not strict)
 
@@ -75,14 +75,14 @@ def bipartite_labels(
     stays = target == torch.arange(n, device=tokens.device)
     return (stays.cumsum(1) - 1).gather(1, target)
 
-# %% ../nbs/08_adaptive.ipynb #9f971f23
+# %% ../nbs/08_adaptive.ipynb #a3ab5bea
 def segment_labels(
     clips:Tensor, # (B, L_c, D) normalised input clip tokens
     sizes:Tensor, # (B, L_c) frames per clip
     levels:tuple, # segment counts, falling, the first L_c
     level:Tensor, # (B,) level of each video
 )->Tensor: # (B, L_c) clip → segment
-    "Merge clips level by level and note, for each video, the map at its own level (paper, section 3.4)."
+    "Merge clips level by level and note, for each video, the map at its own level."
     labels = torch.arange(clips.shape[1], device=clips.device).repeat(len(clips), 1)
     chosen = labels.clone()
     tokens, weights = clips, sizes

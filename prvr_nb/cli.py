@@ -74,7 +74,7 @@ def train_command(argv:list|None=None)->int:
         print(text_table(train(config, args.root, args.out)))
     return run_command(main, parser, argv)
 
-# %% ../nbs/16_command_line.ipynb #920419fa
+# %% ../nbs/16_command_line.ipynb #9ea4688b
 def eval_command(argv:list|None=None)->int:
     "prvr_eval: evaluate a checkpoint."
     parser = argparse.ArgumentParser("prvr_eval", description="Evaluate a checkpoint on a split; prints the table and, with --out, writes metrics.json.")
@@ -85,7 +85,7 @@ def eval_command(argv:list|None=None)->int:
     parser.add_argument("--out", type=Path, help="folder for metrics.json")
 
     def main(args):
-        from accelerate import Accelerator
+        from accelerate import PartialState
         from prvr_nb.evaluation import evaluate, zero_shot
         from prvr_nb.model import load_checkpoint, load_released
         from prvr_nb.prepared import prepare
@@ -94,7 +94,7 @@ def eval_command(argv:list|None=None)->int:
         if path.suffix == ".ckpt" and not args.dataset: raise UserError(f"{path} does not say what it was trained on; add --dataset")
         model = load_released(path, published_config(args.dataset)) if path.suffix == ".ckpt" else load_checkpoint(path)
         corpus, = prepare(args.root, replace(model.config, dataset=args.dataset or model.config.dataset), (args.split,))
-        device = Accelerator().device
+        device = PartialState().device
         rows = zero_shot(corpus, device) + [{"name": path.parent.name, **evaluate(model, corpus, device)}]
         print(text_table(rows))
         if args.out:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RUNS', 'fresh_folder', 'run_demo']
 
-# %% ../nbs/19_demo.ipynb #a39795ef
+# %% ../nbs/19_demo.ipynb #473eacaa
 import json
 import shutil
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from .ablation import ROWS
 from .config import UserError, published_config, write_json
@@ -36,7 +36,7 @@ def fresh_folder(
     write_json(out/"demo.json", {"runs": list(RUNS)})
     return out
 
-# %% ../nbs/19_demo.ipynb #53b30d6d
+# %% ../nbs/19_demo.ipynb #a43b6fd7
 def run_demo(
     root:str|Path, # folder that holds the collections; 'toy' is written into it
     out:str|Path, # folder for runs, metrics.json and report.html
@@ -54,7 +54,7 @@ def run_demo(
         *zero, row = train(config, root, out/name, quiet, corpora)
         rows += [row] if rows else [*zero, row]
         histories[name] = [json.loads(line) for line in (out/name/"history.jsonl").read_text(encoding="utf-8").splitlines()]
-        embeddings[name] = embed(load_checkpoint(out/name/"best.safetensors"), corpora[1], Accelerator().device)
+        embeddings[name] = embed(load_checkpoint(out/name/"best.safetensors"), corpora[1], PartialState().device)
     write_json(out/"metrics.json", {"rows": rows, "split": "val"})
     write_report(out/"report.html", rows, histories, embeddings, corpora[1], root, "toy")
     return rows

@@ -89,13 +89,13 @@ def places_after(
     joins = torch.zeros(len(alike), n, dtype=torch.long, device=alike.device).scatter_(1, 2 * chosen + 1, 1)
     return torch.arange(n, device=alike.device) - joins.cumsum(1)
 
-# %% ../nbs/03_merging.ipynb #e82309f6
+# %% ../nbs/03_merging.ipynb #576e6e62
 def merge_step(
     merged:Merged, # n tokens, their sizes, and labels of the original tokens
     m:int, # tokens to keep, at least half of n
     similarity:str="dot", # 'dot' (released code) or 'cosine' (paper)
 )->Merged: # m tokens in the same order
-    "One OP-ToMe step: of the neighbours (0,1), (2,3), … the n−m most similar pairs become one token each (paper, section 3.3)."
+    "One OP-ToMe step: of the neighbours (0,1), (2,3), … the n−m most similar pairs become one token each."
     x, sizes, labels = merged
     b, n, d = x.shape
     if not (n + 1) // 2 <= m <= n: raise ValueError(f"{n} tokens cannot become {m}: a step merges disjoint pairs, so it leaves {(n + 1) // 2} to {n}")
@@ -104,13 +104,13 @@ def merge_step(
     sums = x.new_zeros(b, m, d).scatter_add_(1, place[..., None].expand_as(x), x * sizes[..., None])
     return Merged(sums / new_sizes[..., None], new_sizes, place.gather(1, labels))
 
-# %% ../nbs/03_merging.ipynb #3e18f75d
+# %% ../nbs/03_merging.ipynb #d3cc2457
 def op_tome(
     tokens:Tensor, # (B, L_f, D) resampled frame tokens, not normalised
     schedule:tuple=(128, 80, 52, 32), # token counts, the first is L_f
     similarity:str="dot", # 'dot' (released code) or 'cosine' (paper)
 )->Merged: # L_c clip tokens, sizes that sum to L_f, and the map frame token → clip token
-    "Order-preserving token merging: walk down the schedule, merging the most similar neighbours (paper, section 3.3)."
+    "Order-preserving token merging: walk down the schedule, merging the most similar neighbours."
     b, n, _ = tokens.shape
     merged = Merged(tokens, tokens.new_ones(b, n), torch.arange(n, device=tokens.device).expand(b, n))
     for m in schedule[1:]: merged = merge_step(merged, m, similarity)

@@ -19,12 +19,12 @@ def ranks(
     own = scores.gather(1, correct[:, None])
     return 1 + (scores > own).sum(1)
 
-# %% ../nbs/00_task.ipynb #441f7be0
+# %% ../nbs/00_task.ipynb #8b9c24b5
 def recall_at_k(
     ranks:Tensor, # (Q,) rank of each query's video, 1 is best
     k:int, # how many videos the searcher looks at
 )->float: # share of queries whose video is among the first k, in percent
-    "R@k in percent (paper, section 4.1); raises ValueError when there is no query."
+    "R@k in percent; raises ValueError when there is no query."
     if len(ranks) == 0: raise ValueError("recall of no query at all: the list of ranks is empty")
     return 100 * (ranks <= k).double().mean().item()
 

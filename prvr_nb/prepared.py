@@ -107,7 +107,7 @@ class Corpus(NamedTuple):
         tokens, mask, teacher = pad_queries(self.queries, query)
         return Batch(*(x[which] for x in self.videos[:5]), tokens, mask, teacher, video)
 
-# %% ../nbs/10_prepared.ipynb #77066785
+# %% ../nbs/10_prepared.ipynb #9ce7182f
 def prepare_split(
     root:str|Path, # folder that holds the collections
     config:Config, # dataset, schedule, similarity, tau, levels
@@ -121,10 +121,11 @@ def prepare_split(
     text = [array for _, array in read_features(s.paths.text, [c.id for c in s.captions], "token", problems)]
     parts, waiting = [], []
     for _, array in tqdm(read_features(s.paths.video, s.videos, "frame", problems), total=len(s.videos), desc=f"prepare {config.dataset} {split}", unit=" videos", disable=quiet or None):
+        if problems.found: continue # only look for more of them
         waiting.append(array)
         if len(waiting) == chunk: parts.append(prepare_videos(waiting, config)); waiting = []
-    if waiting: parts.append(prepare_videos(waiting, config))
     if problems.found: return None
+    if waiting: parts.append(prepare_videos(waiting, config))
     return Corpus(s, Videos(*(torch.cat(column) for column in zip(*parts))), pack_queries(text, s.query_video))
 
 # %% ../nbs/10_prepared.ipynb #42cacb26

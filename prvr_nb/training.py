@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['all_losses', 'warmup_linear', 'clip_each', 'slices', 'adam_step', 'BertAdam', 'parameter_groups', 'make_optimizer',
-           'train_epoch', 'refuse_used', 'start_run', 'log_epoch', 'train']
+           'train_epoch', 'refuse_used', 'start_run', 'log_epoch', 'make_accelerator', 'train']
 
-# %% ../nbs/12_training.ipynb #adc24395
+# %% ../nbs/12_training.ipynb #1f10ce79
 import json
 import math
 from dataclasses import asdict
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,7 +29,7 @@ from .prepared import Batch, Corpus, prepare
 from .retrieval import cosine_scores, info_nce, max_scores, triplet
 from .tcpl import tcpl_loss
 
-# %% ../nbs/12_training.ipynb #dda252b4
+# %% ../nbs/12_training.ipynb #84ecde65
 def all_losses(
     model:PRVRModel, # for its CBVA projection
     e:Embeddings, # what the model made of the batch
@@ -36,7 +37,7 @@ def all_losses(
     config:Config, # weights and options
     epoch:int, # from 0; decides about hard negatives
 )->dict: # name → weighted scalar; their sum is trained
-    "Every term of the training objective (paper, Eq. 10), already weighted."
+    "Every term of the training objective, already weighted."
     hard, losses = epoch >= config.hard_negative_epoch, {}
     for branch, tokens, factor in ("clip", e.clips, config.loss_factor_clip), ("frame", e.frames, config.loss_factor_frame):
         losses[f"{branch}_nce"] = factor * info_nce(max_scores(e.queries, tokens), batch.video)
@@ -198,7 +199,18 @@ def log_epoch(
     scalars = {**{f"loss/{k}": v for k, v in losses.items()}, **{f"val/{k}": v for k, v in row.items() if v is not None}}
     accelerator.log(scalars, step=epoch)
 
-# %% ../nbs/12_training.ipynb #e58a9761
+# %% ../nbs/12_training.ipynb #a5fb4407
+def make_accelerator(
+    config:Config, # precision
+    out:Path, # run folder, for TensorBoard
+)->Accelerator: # device and precision of one run
+    "Hugging Face Accelerate for one run; accelerate keeps the precision of a process's first run unless its state is reset."
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=out)
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+# %% ../nbs/12_training.ipynb #d598172f
 def train(
     config:Config, # see published_config
     root:str|Path, # folder that holds the collections
@@ -211,8 +223,7 @@ def train(
     train_set, val_set = corpora or prepare(root, config, quiet=quiet)
     out = start_run(out, config)
     set_seed(config.seed)
-    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no", log_with="tensorboard", project_dir=out)
-    accelerator.init_trackers("tensorboard")
+    accelerator = make_accelerator(config, out)
     model = PRVRModel(config, train_set.videos.frames.shape[2], train_set.queries.tokens.shape[1])
     loader = DataLoader(range(len(train_set.split.videos)), config.batch, shuffle=True, collate_fn=train_set.batch)
     optimizer, schedule = make_optimizer(model, config, len(loader) * config.epochs)

@@ -394,3 +394,14 @@ def test_every_row_and_option_trains_a_step(name, root):
     idle = {n for n, p in model.named_parameters() if p.grad is None}
     assert sum(trained) == len(after) - len(idle)
     assert idle == (set() if config.cbva and config.cbva_similarity == "projected_dot" else {"project.weight", "project.bias"})
+
+
+def test_precision_may_change_within_a_process(tmp_path):
+    write_toy(tmp_path, n_train=8, n_val=4)
+    losses = {}
+    for name in "fp32", "bf16", "fp32 again":
+        config = published_config("toy", epochs=1, hidden=16, heads=2, merge_schedule=(16, 8), drop=0., precision=name[:4])
+        train(config, tmp_path, tmp_path / name, quiet=True)
+        losses[name] = json.loads((tmp_path / name / "history.jsonl").read_text())["loss"]
+    assert losses["fp32"] == losses["fp32 again"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
