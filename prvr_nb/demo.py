@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUNS', 'fresh_folder', 'run_demo']
 
-# %% ../nbs/19_demo.ipynb #473eacaa
+# %% ../nbs/19_demo.ipynb #625a2a77
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from .ablation import ROWS
 from .config import UserError, published_config, write_json
-from .evaluation import embed
+from .evaluation import embed, teacher_embeddings
 from .model import load_checkpoint
 from .prepared import prepare
 from .report import write_report
@@ -36,7 +36,7 @@ def fresh_folder(
     write_json(out/"demo.json", {"runs": list(RUNS)})
     return out
 
-# %% ../nbs/19_demo.ipynb #a43b6fd7
+# %% ../nbs/19_demo.ipynb #8ee49cc8
 def run_demo(
     root:str|Path, # folder that holds the collections; 'toy' is written into it
     out:str|Path, # folder for runs, metrics.json and report.html
@@ -56,5 +56,6 @@ def run_demo(
         histories[name] = [json.loads(line) for line in (out/name/"history.jsonl").read_text(encoding="utf-8").splitlines()]
         embeddings[name] = embed(load_checkpoint(out/name/"best.safetensors"), corpora[1], PartialState().device)
     write_json(out/"metrics.json", {"rows": rows, "split": "val"})
+    embeddings = {"teacher": teacher_embeddings(corpora[1]), **embeddings}
     write_report(out/"report.html", rows, histories, embeddings, corpora[1], root, "toy")
     return rows

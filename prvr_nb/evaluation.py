@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed', 'blocked_max_scores', 'score_blocks', 'retrieval_ranks', 'group_sums', 'collapse', 'average_ranks',
            'spearman', 'upper_similarities', 'teacher_correlation', 'teacher_features', 'metrics_row', 'evaluate',
-           'zero_shot']
+           'teacher_embeddings', 'zero_shot']
 
 # %% ../nbs/13_evaluation.ipynb #ef67e199
 from collections.abc import Iterator
@@ -83,16 +83,17 @@ def group_sums(
         squares.index_add_(0, where, part.pow(2).sum(1))
     return sums, squares
 
-# %% ../nbs/13_evaluation.ipynb #f013743d
+# %% ../nbs/13_evaluation.ipynb #74278826
 def collapse(
     x:Tensor, # (N, d) L2-normalised embeddings
     group:Tensor, # (N,) video of each
     n_groups:int, # V
-)->tuple: # Intra, Total, Diff.Norm
+)->tuple: # Intra, Total, Diff.Norm; None for each when no video has two embeddings
     "Intra, Total and normalised gap of a set of embeddings (paper, Table 8), from sums instead of an N×N matrix."
     count = torch.bincount(group, minlength=n_groups).double()
     sums, squares = group_sums(x, group, n_groups)
     several = count > 1
+    if not several.any(): return None, None, None # one embedding per video: nothing to compare within
     intra = ((sums.pow(2).sum(1) - squares) / (count * (count - 1)))[several].mean().item()
     total = ((sums.sum(0).pow(2).sum() - squares.sum()) / (len(x) * (len(x) - 1))).item()
     return intra, total, (intra - total) / (intra + total)
@@ -165,13 +166,21 @@ def evaluate(
     "Evaluate a model on a prepared split."
     return metrics_row(embed(model, corpus, device), corpus, model.config.clip_weight)
 
-# %% ../nbs/13_evaluation.ipynb #908cb6ca
+# %% ../nbs/13_evaluation.ipynb #2c09f05c
+def teacher_embeddings(
+    corpus:Corpus, # prepared split
+    device:str|torch.device="cpu", # where they should lie
+)->Embeddings|None: # L2-normalised; None when video and text features have no common width
+    "The input features themselves as embeddings: what the teacher knows before any training."
+    frames, queries = corpus.videos.frames, teacher_features(corpus)
+    if frames.shape[2] != queries.shape[1]: return None
+    return Embeddings(*(F.normalize(x.to(device), dim=-1) for x in (queries, frames, corpus.videos.clips)))
+
+# %% ../nbs/13_evaluation.ipynb #53c347a0
 def zero_shot(
     corpus:Corpus, # prepared split
     device:str|torch.device="cpu", # where to compute
 )->list: # one row named 'zero-shot teacher', or none when video and text have no common space
     "What the teacher's own features retrieve: best frame by cosine, nothing trained."
-    frames, queries = corpus.videos.frames, teacher_features(corpus)
-    if frames.shape[2] != queries.shape[1]: return []
-    e = Embeddings(*(F.normalize(x.to(device), dim=-1) for x in (queries, frames, corpus.videos.clips)))
-    return [{"name": "zero-shot teacher", **metrics_row(e, corpus, clip_weight=0.)}]
+    e = teacher_embeddings(corpus, device)
+    return [{"name": "zero-shot teacher", **metrics_row(e, corpus, clip_weight=0.)}] if e else []

@@ -63,12 +63,12 @@ class QueryEncoder(nn.Module):
         weights = self.pool(y).masked_fill(~mask[..., None], -torch.inf).softmax(1) # (Q, L, 1), zero for padding
         return (weights * y).sum(1)
 
-# %% ../nbs/05_retrieval.ipynb #c696bc59
+# %% ../nbs/05_retrieval.ipynb #5e76699b
 def info_nce(
     scores:Tensor, # (Q, B) raw dot-product scores
     video:Tensor, # (Q,) index of each query's video in the batch; every video has a query
 )->Tensor: # scalar
-    "Contrast each query with all videos, and each video's queries together with all queries (paper, L_nce)."
+    "Contrast each query with all videos, and each video's queries together with all queries."
     own = F.one_hot(video, scores.shape[1]).bool()
     text_to_video = scores.logsumexp(1) - scores.gather(1, video[:, None])[:, 0]
     video_to_text = scores.logsumexp(0) - scores.masked_fill(~own, -torch.inf).logsumexp(0)
