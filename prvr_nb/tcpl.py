@@ -86,7 +86,7 @@ def angle_cosines(
     r = inverse[vertices]
     return products.to(r.dtype).mul_(r[:, ends, None]).mul_(r[:, None, :]).clamp_(-1, 1)
 
-# %% ../nbs/06_tcpl.ipynb #6ef1a3d2
+# %% ../nbs/06_tcpl.ipynb #f5e62b1d
 def blocks(
     n:int, # how many
     size:int, # at most so many at once
@@ -101,7 +101,7 @@ def gram_gradient(
     r:Tensor, # (Q, Q) float64 reciprocal distances
 )->Tensor: # (Q, Q) symmetric, rows sum to zero
     "Derivative by the Gram matrix, from the sums over the third index."
-    grad = through_products.add_(along.mul_(r).sub_(per_end).mul_(r), alpha=2) # in place: the sums are of no further use
+    grad = through_products.add_(along.mul_(r).sub_(per_end).mul_(r), alpha=2) # G_ij gets 2 r_ij (r_ij · along − per_end); in place, the sums are of no further use
     grad = (grad + grad.T).div_(2).fill_diagonal_(0)
     grad.diagonal().copy_(-grad.sum(1))
     return grad
