@@ -24,19 +24,20 @@ from .training import train
 # %% ../nbs/19_demo.ipynb #8b6b55ad
 RUNS = {"baseline": ROWS["L_base"], "full": ROWS["+ adaptive (full)"]}
 
-# %% ../nbs/19_demo.ipynb #464531f6
+# %% ../nbs/19_demo.ipynb #63f32a92
 def fresh_folder(
     out:Path, # folder of an older demo, or nothing
-)->Path: # empty
-    "An empty folder; one that was not left by a demo is not touched."
+)->Path: # without an older demo's results
+    "A folder for a demo; what is not a demo's is not touched."
     if out.exists() and any(out.iterdir()) and not (out/"demo.json").exists():
         raise UserError(f"{out} holds something that is not a demo; choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    for name in RUNS: shutil.rmtree(out/name, ignore_errors=True)
+    for name in "metrics.json", "report.html": (out/name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out/"demo.json", {"runs": list(RUNS)})
     return out
 
-# %% ../nbs/19_demo.ipynb #8ee49cc8
+# %% ../nbs/19_demo.ipynb #682b44e3
 def run_demo(
     root:str|Path, # folder that holds the collections; 'toy' is written into it
     out:str|Path, # folder for runs, metrics.json and report.html
@@ -46,10 +47,10 @@ def run_demo(
     **overrides, # settings for both runs
 )->list: # rows: zero-shot teacher, baseline, full
     "Toy corpus → baseline and full method → one table and one page."
+    configs = {name: published_config("toy", **{**switches, **overrides}) for name, switches in RUNS.items()} # a mistake ends here
     out, rows, histories, embeddings = fresh_folder(Path(out)), [], {}, {}
     write_toy(root, n_train, n_val)
-    for name, switches in RUNS.items():
-        config = published_config("toy", **{**switches, **overrides})
+    for name, config in configs.items():
         corpora = prepare(root, config, quiet=quiet)
         *zero, row = train(config, root, out/name, quiet, corpora)
         rows += [row] if rows else [*zero, row]

@@ -20,7 +20,7 @@ from .model import Embeddings, PRVRModel
 from .prepared import Corpus, pad_queries
 from .retrieval import fuse, max_scores
 
-# %% ../nbs/13_evaluation.ipynb #6efe1aa0
+# %% ../nbs/13_evaluation.ipynb #ef72612f
 @torch.no_grad()
 def embed(
     model:PRVRModel, # trained or not
@@ -37,6 +37,8 @@ def embed(
     frames, clips = zip(*(model.encode_videos(*(x.to(device) for x in part)) for part in zip(*(x.split(block) for x in corpus.videos[:3]))))
     queries = [model.query(*(x.to(device) for x in pad_queries(corpus.queries, part)[:2])) for part in torch.arange(len(corpus.queries.video)).split(8 * block)]
     model.train(was_training)
+    if not all(part.isfinite().all() for parts in (queries, frames, clips) for part in parts):
+        raise UserError("the model's embeddings are not finite; train again with a lower --lr")
     return Embeddings(*(F.normalize(torch.cat(parts).float(), dim=-1) for parts in (queries, frames, clips)))
 
 # %% ../nbs/13_evaluation.ipynb #34f3bc81
@@ -83,7 +85,7 @@ def group_sums(
         squares.index_add_(0, where, part.pow(2).sum(1))
     return sums, squares
 
-# %% ../nbs/13_evaluation.ipynb #74278826
+# %% ../nbs/13_evaluation.ipynb #bd18b7c4
 def collapse(
     x:Tensor, # (N, d) L2-normalised embeddings
     group:Tensor, # (N,) video of each
@@ -96,7 +98,7 @@ def collapse(
     if not several.any(): return None, None, None # one embedding per video: nothing to compare within
     intra = ((sums.pow(2).sum(1) - squares) / (count * (count - 1)))[several].mean().item()
     total = ((sums.sum(0).pow(2).sum() - squares.sum()) / (len(x) * (len(x) - 1))).item()
-    return intra, total, (intra - total) / (intra + total)
+    return intra, total, (intra - total) / (intra + total) if intra + total else None
 
 # %% ../nbs/13_evaluation.ipynb #148b4601
 def average_ranks(
@@ -109,15 +111,17 @@ def average_ranks(
     middle = last - (count + 1) / 2
     return torch.empty_like(middle[which]).scatter_(0, order, middle[which])
 
-# %% ../nbs/13_evaluation.ipynb #cb5167f7
+# %% ../nbs/13_evaluation.ipynb #b2b9190e
 def spearman(
     a:Tensor, # (N,)
     b:Tensor, # (N,)
-)->float: # in [−1, 1]
+)->float|None: # in [−1, 1]; None when one side has no order at all
     "Spearman's rank correlation."
+    if len(a) < 2: return None
     a, b = (average_ranks(x) for x in (a, b))
     a, b = a - a.mean(), b - b.mean()
-    return ((a * b).sum() / (a.norm() * b.norm())).item()
+    lengths = (a.norm() * b.norm()).item()
+    return (a * b).sum().item() / lengths if lengths else None
 
 # %% ../nbs/13_evaluation.ipynb #b8c56863
 def upper_similarities(
@@ -127,13 +131,14 @@ def upper_similarities(
     above = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu_(1)
     return (x @ x.T)[above]
 
-# %% ../nbs/13_evaluation.ipynb #ec54a143
+# %% ../nbs/13_evaluation.ipynb #5c1dfc61
 def teacher_correlation(
     queries:Tensor, # (Q, d) L2-normalised student embeddings
     teacher:Tensor, # (Q, D_q) CLIP's [EOS] features
-)->float: # times 100
+)->float|None: # times 100; None where spearman has none
     "Spearman correlation between the student's and CLIP's query–query similarities (paper, Table 9)."
-    return 100 * spearman(upper_similarities(queries), upper_similarities(F.normalize(teacher.to(queries.device), dim=-1)))
+    r = spearman(upper_similarities(queries), upper_similarities(F.normalize(teacher.to(queries.device), dim=-1)))
+    return None if r is None else 100 * r
 
 # %% ../nbs/13_evaluation.ipynb #4ca0c050
 def teacher_features(

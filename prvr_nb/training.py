@@ -165,12 +165,14 @@ def train_epoch(
     if broken: raise UserError(f"epoch {epoch}: loss {', '.join(broken)} is not finite; a lower --lr helps most often")
     return means
 
-# %% ../nbs/12_training.ipynb #4cda6677
+# %% ../nbs/12_training.ipynb #223bb6e0
 def refuse_used(
     out:Path, # run folder
 ):
-    "Raise UserError when a folder holds a run already."
-    if (out/"history.jsonl").exists(): raise UserError(f"{out} holds a run already; choose another --out or remove the folder")
+    "Raise UserError when a folder holds a run already, or is none."
+    held = [name for name in ("history.jsonl", "best.safetensors", "metrics.json") if (out/name).exists()]
+    if held: raise UserError(f"{out} holds a run already ({', '.join(held)}); choose another --out or remove the folder")
+    if out.exists() and not out.is_dir(): raise UserError(f"{out} is a file; choose another --out")
 
 def start_run(
     out:str|Path, # run folder
@@ -185,7 +187,7 @@ def start_run(
     except OSError as error: raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     return out
 
-# %% ../nbs/12_training.ipynb #75f6da4d
+# %% ../nbs/12_training.ipynb #ecaca906
 def log_epoch(
     out:Path, # run folder
     epoch:int, # from 0
@@ -195,7 +197,7 @@ def log_epoch(
 ):
     "Append a line to history.jsonl and the same numbers to TensorBoard."
     with (out/"history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"epoch": epoch, "loss": sum(losses.values()), "losses": losses, **row}) + "\n")
+        file.write(json.dumps({"epoch": epoch, "loss": sum(losses.values()), "losses": losses, **row}, allow_nan=False) + "\n")
     scalars = {**{f"loss/{k}": v for k, v in losses.items()}, **{f"val/{k}": v for k, v in row.items() if v is not None}}
     accelerator.log(scalars, step=epoch)
 

@@ -10,10 +10,12 @@ import threading
 import zipfile
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
-from prvr_nb.cli import data_command, demo_command, eval_command, train_command
+from prvr_nb.cli import ablation_command, data_command, demo_command, eval_command, train_command
 from prvr_nb.config import Config, published_config
 from prvr_nb.corpus import corpus_paths
 from prvr_nb.model import PRVRModel, to_released
@@ -200,3 +202,66 @@ def test_import_needs_neither_nbdev_nor_ipython():
             "print(callable(prvr_nb.train))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+
+
+def test_demo_keeps_the_old_one_when_a_setting_is_wrong(tmp_path, capsys):
+    flags = ["--root", str(tmp_path / "data"), "--out", str(tmp_path / "demo"), *SMALL]
+    assert demo_command(flags) == 0
+    (tmp_path / "demo" / "mine.txt").write_text("kept")
+    before = (tmp_path / "demo" / "metrics.json").read_text()
+    assert demo_command([*flags, "--heads", "7"]) == 1 and "heads = 7" in capsys.readouterr().err
+    assert (tmp_path / "demo" / "metrics.json").read_text() == before
+    assert demo_command(flags) == 0 and (tmp_path / "demo" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("command, flag", [(demo_command, "--dataset=toy"), (demo_command, "--no-tcpl"), (ablation_command, "--seed=3"), (ablation_command, "--no-tcpl")])
+def test_what_a_command_decides_itself_is_no_flag(command, flag, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(["--root", str(tmp_path), "--out", str(tmp_path / "out"), flag])
+    assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_ablation_continues_and_refuses_other_settings(root, tmp_path, capsys):
+    flags = ["--root", str(root), "--out", str(tmp_path), "--seeds", "1", *SMALL]
+    assert ablation_command(flags) == 0
+    stored = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
+    assert len(stored) == 5
+    assert [json.loads(p.read_text())["config"]["tcpl"] for p in sorted(tmp_path.glob("*.json"))] == [False, True, True, True, True]
+    (tmp_path / "row4_seed0.json").unlink()
+    assert ablation_command(flags) == 0  # only the missing run is made
+    assert {p.name for p in tmp_path.glob("*.json") if p.stat().st_mtime_ns != stored[p.name]} == {"row4_seed0.json"}
+    assert ablation_command([*flags, "--lr", "1e-3"]) == 1 and "other settings (lr)" in capsys.readouterr().err
+    (tmp_path / "row0_seed0.json").write_text("{")
+    assert ablation_command(flags) == 1 and "row0_seed0.json is not a stored run" in capsys.readouterr().err
+
+
+def test_a_corpus_without_anything_to_correlate_gives_valid_json(tmp_path):
+    for split in "train", "val":
+        paths = corpus_paths(tmp_path, "two", split)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        paths.captions.write_text("\n".join(f"{split}{i}#enc#0 a sentence" for i in range(2)))
+        with h5py.File(paths.video, "a") as video, h5py.File(paths.text, "a") as text:
+            for i in range(2):
+                video[f"{split}{i}"], text[f"{split}{i}#enc#0"] = np.random.default_rng(i).normal(size=(3, 4)), np.ones((2, 4))
+    assert train_command(["--dataset", "two", "--root", str(tmp_path), "--out", str(tmp_path / "run"), *SMALL]) == 0
+    row = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"][-1]
+    assert row["text_intra"] is None and row["text_diff_norm"] is None and row["spearman"] is None
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--lr", "1e39"], "lr is 1e+39"), (["--dataset", "../toy"], "dataset is '../toy'"), (["--dataset", "toy/"], "without slashes"), (["--root", "FILE"], "cannot be read"), (["--out", "FILE"], "is a file"),
+])
+def test_odd_values_are_messages(arguments, words, root, tmp_path, capsys):
+    file = tmp_path / "a file"
+    file.write_text("x")
+    given = ["--dataset", "toy", "--root", str(root), "--out", str(tmp_path / "run"), *SMALL, *[str(file) if a == "FILE" else a for a in arguments]]
+    assert train_command(given) == 1
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+def test_eval_does_not_overwrite_a_run(run, root, capsys):
+    before = (run / "metrics.json").read_text()
+    assert eval_command(["--checkpoint", str(run), "--root", str(root), "--out", str(run)]) == 1
+    assert "holds a run" in capsys.readouterr().err and (run / "metrics.json").read_text() == before
