@@ -7,11 +7,11 @@ __all__ = ['KINDS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'FOLDER_NAME', 'PUBLIS
            'Config', 'has_kind', 'range_problems', 'schedule_problems', 'validate', 'next_length', 'paper_schedule',
            'make_config', 'published_config', 'write_json', 'read_config']
 
-# %% ../nbs/09_config.ipynb #f3f9104a
+# %% ../nbs/09_config.ipynb #bb6d9a47
 import json
 import re
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['RECALL_AT', 'ranks', 'recall_at_k', 'retrieval_metrics']
 
-# %% ../nbs/00_task.ipynb #b411bab9
-import torch
+# %% ../nbs/00_task.ipynb #17730811
 from torch import Tensor
 
 # %% ../nbs/00_task.ipynb #eb23ed39

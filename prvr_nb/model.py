@@ -6,7 +6,7 @@
 __all__ = ['Embeddings', 'VideoBranch', 'initialise', 'PRVRModel', 'released_names', 'to_released', 'stack', 'from_released',
            'build_model', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released']
 
-# %% ../nbs/11_model.ipynb #19d413e0
+# %% ../nbs/11_model.ipynb #c0380352
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Config, UserError, make_config
-from .encoder import GaussianBlocks, InputTokens, StackedLayerNorm, StackedLinear
+from .encoder import GaussianBlocks, InputTokens, StackedLinear
 from .prepared import Batch
 from .retrieval import QueryEncoder
 

@@ -6,7 +6,7 @@
 __all__ = ['all_losses', 'warmup_linear', 'clip_each', 'slices', 'adam_step', 'BertAdam', 'parameter_groups', 'make_optimizer',
            'train_epoch', 'refuse_used', 'start_run', 'log_epoch', 'make_accelerator', 'train']
 
-# %% ../nbs/12_training.ipynb #1f10ce79
+# %% ../nbs/12_training.ipynb #719ad5ce
 import json
 import math
 from dataclasses import asdict
@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,7 +24,7 @@ from .cbva import cbva_loss
 from .config import Config, UserError, write_json
 from .evaluation import evaluate, zero_shot
 from .model import Embeddings, PRVRModel, load_checkpoint, save_checkpoint
-from .prepared import Batch, Corpus, prepare
+from .prepared import Batch, prepare
 from .retrieval import cosine_scores, info_nce, max_scores, triplet
 from .tcpl import tcpl_loss
 

@@ -20,7 +20,7 @@ from prvr_nb.model import PRVRModel, build_model, from_released, to_released
 from prvr_nb.prepared import Batch
 from prvr_nb.retrieval import cosine_scores, info_nce, max_scores, triplet
 from prvr_nb.tcpl import angle_loss, distance_loss
-from prvr_nb.training import BertAdam, all_losses, make_optimizer, parameter_groups, warmup_linear
+from prvr_nb.training import BertAdam, all_losses, parameter_groups, warmup_linear
 
 DEFAULT = Path(__file__).with_name("golden")
 DIRECTORIES = [Path(d) for d in os.environ.get("PRVR_GOLDEN", str(DEFAULT)).split(":") if d]
