@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROW_SWITCHES', 'whole_numbers', 'flag_type', 'add_config_flags', 'given_settings', 'interrupt_again', 'run_command',
-           'train_command', 'start_folder', 'eval_command', 'data_command', 'demo_command', 'ablation_command']
+           'run_config', 'train_command', 'start_folder', 'eval_command', 'data_command', 'demo_command',
+           'ablation_command']
 
-# %% ../nbs/16_command_line.ipynb #56b23eea
+# %% ../nbs/16_command_line.ipynb #46edad9b
 import _thread
 import argparse
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from .config import Config, UserError, published_config, write_json
+from .config import Config, UserError, published_config, read_config, write_json
 from .corpus import check_corpus
 from .download import PACKS, download
 from .toy import write_toy
@@ -78,20 +79,32 @@ def run_command(
     finally: sys.unraisablehook = hook
     return 0
 
-# %% ../nbs/16_command_line.ipynb #77aa6e53
+# %% ../nbs/16_command_line.ipynb #78c6d93a
+def run_config(
+    args:argparse.Namespace, # parsed flags of prvr_train
+)->Config: # of the run
+    "The settings of the run that goes on, or of a new one; what stands on the command line counts in both."
+    path = args.out/"config.json"
+    if args.resume and path.exists(): return replace(read_config(path), **given_settings(args))
+    return published_config(**given_settings(args))
+
+# %% ../nbs/16_command_line.ipynb #300c7d39
 def train_command(argv:list|None=None)->int:
     "prvr_train: train and evaluate on one corpus."
     parser = argparse.ArgumentParser("prvr_train", allow_abbrev=False, description="Train on a collection and evaluate the best epoch on its validation split.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder that holds the collections")
     parser.add_argument("--out", required=True, type=Path, help="run folder to make")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings; without one there, start it")
+    parser.add_argument("--checkpoint-seconds", type=float, default=600., help="time between two saves within an epoch; every epoch ends with one")
     add_config_flags(parser)
 
     def main(args):
         from prvr_nb.report import text_table
         from prvr_nb.training import train
-        config = published_config(**given_settings(args))
+        config = run_config(args)
         print(json.dumps(asdict(config), indent=1))
-        print(text_table(train(config, args.root, args.out)))
+        rows = train(config, args.root, args.out, resume=args.resume, checkpoint_seconds=args.checkpoint_seconds)
+        if rows: print(text_table(rows)) # one of several processes has them
     return run_command(main, parser, argv)
 
 # %% ../nbs/16_command_line.ipynb #33c68a04

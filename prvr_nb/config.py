@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['KINDS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'FOLDER_NAME', 'PUBLISHED', 'TOY', 'PAPER', 'UserError', 'option',
            'Config', 'has_kind', 'range_problems', 'schedule_problems', 'validate', 'next_length', 'paper_schedule',
-           'make_config', 'published_config', 'write_json', 'read_config']
+           'make_config', 'published_config', 'replace_file', 'write_json', 'read_config']
 
-# %% ../nbs/09_config.ipynb #bb6d9a47
+# %% ../nbs/09_config.ipynb #ed20b771
 import json
-import re
 import math
+import os
+import re
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,7 +25,7 @@ def option(default, help:str, choices:tuple|None=None):
     "A configuration field with its help text and, where only some values are allowed, the choices."
     return field(default=default, metadata={"help": help, "choices": choices})
 
-# %% ../nbs/09_config.ipynb #6d53a98b
+# %% ../nbs/09_config.ipynb #8444d415
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on besides the corpus and the machine; the defaults are the released code's."
@@ -38,7 +39,9 @@ class Config:
     weight_decay:float = option(0.01, "decoupled weight decay")
     patience:int = option(10, "stop after this many epochs without a better SumR")
     seed:int = option(9527, "seed of weights, data order, dropout and random negatives")
-    precision:str = option("fp32", "arithmetic of the encoders; losses are always fp32", ("fp32", "bf16"))
+    precision:str = option("fp32", "arithmetic of the encoders, and with bf16 features kept in half precision; losses are always fp32", ("fp32", "bf16"))
+    compile:bool = option(False, "torch.compile the encoders (needs a C++ compiler, on a GPU Triton)")
+    nonfinite:str = option("stop", "what to do with a step whose loss or gradient is not finite", ("stop", "skip"))
     # architecture
     hidden:int = option(384, "model width d")
     heads:int = option(4, "attention heads H")
@@ -208,16 +211,30 @@ def published_config(
     paper = {k: v for k, v in PAPER.items() if k not in row} if variant == "paper" else {}
     return make_config({"dataset": dataset, "variant": variant, **row, **paper, **overrides}, "configuration")
 
-# %% ../nbs/09_config.ipynb #4d97efbf
+# %% ../nbs/09_config.ipynb #4b4b39a3
+def replace_file(
+    path:str|Path, # file to write
+    data:bytes, # its new content
+):
+    "Write aside, force to the disk, rename: a reader meets the old file or the new one, whatever is killed or full; raises OSError."
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True) # a full disk gets its space back
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
 def write_json(
     path:str|Path, # file to write
     value, # anything that json can hold
 ):
-    "Write JSON aside and rename it, so that a reader never meets half a file."
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    "Write JSON so that a reader never meets half a file."
+    replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 # %% ../nbs/09_config.ipynb #d335a05c
 def read_config(

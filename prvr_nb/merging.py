@@ -6,10 +6,11 @@
 __all__ = ['EPS', 'Merged', 'group_means', 'uniform_clips', 'resample_bounds', 'resample', 'neighbour_similarity', 'places_after',
            'merge_step', 'op_tome', 'l2_normalise']
 
-# %% ../nbs/03_merging.ipynb #cc80d3bf
+# %% ../nbs/03_merging.ipynb #45fcbf45
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/03_merging.ipynb #2d94885b
@@ -19,18 +20,18 @@ class Merged(NamedTuple):
     sizes:Tensor # (B, m) how many original tokens each stands for
     labels:Tensor # (B, n) original token → merged token
 
-# %% ../nbs/03_merging.ipynb #ba019eb4
+# %% ../nbs/03_merging.ipynb #2c83b71e
 def group_means(
     tokens:Tensor, # (B, n, D)
     sizes:Tensor, # (B, n) weight of each token
     labels:Tensor, # (B, n) group of each token
     n_groups:int, # m
 )->tuple: # (B, m, D) size-weighted means, (B, m) sizes; an empty group has mean and size zero
-    "Size-weighted mean of the tokens of each group."
+    "Size-weighted mean of the tokens of each group, as a product with the (m, n) matrix of weights."
     total = sizes.new_zeros(len(sizes), n_groups).scatter_add(1, labels, sizes)
-    weights = sizes / total.gather(1, labels)
-    means = tokens.new_zeros(len(tokens), n_groups, tokens.shape[2])
-    return means.scatter_add(1, labels[..., None].expand_as(tokens), tokens * weights[..., None]), total
+    weights = (sizes / total.gather(1, labels))[:, None]
+    matrix = weights.new_zeros(len(sizes), n_groups, tokens.shape[1]).scatter(1, labels[:, None], weights)
+    return matrix @ tokens, total
 
 # %% ../nbs/03_merging.ipynb #e7e9dc51
 def uniform_clips(
@@ -51,7 +52,7 @@ def resample_bounds(
     steps = torch.arange(n_tokens + 1, dtype=torch.float32, device=n_frames.device) / n_tokens
     return (steps * n_frames[:, None]).round().long().minimum(n_frames[:, None] - 1)
 
-# %% ../nbs/03_merging.ipynb #1e18f324
+# %% ../nbs/03_merging.ipynb #2206ebed
 def resample(
     frames:Tensor, # (sum of T, D) frames of several videos, one after the other
     n_frames:Tensor, # (V,) T of each video
@@ -60,12 +61,11 @@ def resample(
     "Bring every video to L_f tokens: the mean of a token's frames, or one frame where it has none."
     if (n_frames < 1).any() or n_frames.sum() != len(frames): raise ValueError(f"{len(frames)} frames cannot be shared out as {n_frames.tolist()}: every video needs a frame, and every frame a video")
     bounds = resample_bounds(n_frames, n_tokens)
-    first = (n_frames.cumsum(0) - n_frames)[:, None] + bounds[:, :-1]
-    count = bounds.diff(dim=1).clamp(min=1)
-    token = torch.arange(count.numel(), device=frames.device).repeat_interleave(count.flatten())
-    within = torch.arange(len(token), device=frames.device) - (count.flatten().cumsum(0) - count.flatten())[token]
-    sums = frames.new_zeros(count.numel(), frames.shape[1]).index_add_(0, token, frames[first.flatten()[token] + within])
-    return (sums / count.flatten()[:, None]).unflatten(0, count.shape)
+    first = ((n_frames.cumsum(0) - n_frames)[:, None] + bounds[:, :-1]).flatten()
+    count = bounds.diff(dim=1).clamp(min=1).flatten()
+    start = count.cumsum(0) - count # where each token's frames begin in the list of all that are read
+    index = torch.arange(int(count.sum()), device=frames.device) + (first - start).repeat_interleave(count)
+    return F.embedding_bag(index, frames, start, mode="mean").unflatten(0, (len(n_frames), n_tokens))
 
 # %% ../nbs/03_merging.ipynb #83248357
 def neighbour_similarity(
@@ -89,7 +89,7 @@ def places_after(
     joins = torch.zeros(len(alike), n, dtype=torch.long, device=alike.device).scatter_(1, 2 * chosen + 1, 1)
     return torch.arange(n, device=alike.device) - joins.cumsum(1)
 
-# %% ../nbs/03_merging.ipynb #576e6e62
+# %% ../nbs/03_merging.ipynb #a26f2755
 def merge_step(
     merged:Merged, # n tokens, their sizes, and labels of the original tokens
     m:int, # tokens to keep, at least half of n
@@ -101,8 +101,9 @@ def merge_step(
     if not (n + 1) // 2 <= m <= n: raise ValueError(f"{n} tokens cannot become {m}: a step merges disjoint pairs, so it leaves {(n + 1) // 2} to {n}")
     place = places_after(neighbour_similarity(x, similarity), n, n - m)
     new_sizes = sizes.new_zeros(b, m).scatter_add_(1, place, sizes)
-    sums = x.new_zeros(b, m, d).scatter_add_(1, place[..., None].expand_as(x), x * sizes[..., None])
-    return Merged(sums / new_sizes[..., None], new_sizes, place.gather(1, labels))
+    count = place.new_zeros(b, m).scatter_add_(1, place, torch.ones_like(place)).flatten() # one token or two
+    sums = F.embedding_bag(torch.arange(b * n, device=x.device), x.flatten(0, 1), count.cumsum(0) - count, mode="sum", per_sample_weights=sizes.flatten())
+    return Merged(sums.view(b, m, d).div_(new_sizes[..., None]), new_sizes, place.gather(1, labels))
 
 # %% ../nbs/03_merging.ipynb #d3cc2457
 def op_tome(

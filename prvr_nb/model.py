@@ -6,7 +6,7 @@
 __all__ = ['Embeddings', 'VideoBranch', 'initialise', 'PRVRModel', 'released_names', 'to_released', 'stack', 'from_released',
            'build_model', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released']
 
-# %% ../nbs/11_model.ipynb #c0380352
+# %% ../nbs/11_model.ipynb #d3efebff
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import Config, UserError, make_config
+from .config import Config, UserError, make_config, replace_file
 from .encoder import GaussianBlocks, InputTokens, StackedLinear
 from .prepared import Batch
 from .retrieval import QueryEncoder
@@ -146,18 +146,15 @@ def build_model(
         raise UserError(f"{source} does not fit the configuration (hidden {config.hidden}, {config.n_frames} frames, {config.n_clips} clips): {reason}; give the settings it was trained with") from None
     return model.eval()
 
-# %% ../nbs/11_model.ipynb #0fb42e86
+# %% ../nbs/11_model.ipynb #97087cb3
 def save_checkpoint(
     path:str|Path, # '*.safetensors'
     model:PRVRModel, # weights, configuration and widths
     **facts, # what else to note, e.g. epoch and sum_r
 ):
     "Weights and configuration in one file, written aside and renamed."
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
     meta = {"config": json.dumps(asdict(model.config)), "facts": json.dumps(facts)}
-    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, aside, metadata=meta)
-    aside.replace(path)
+    replace_file(path, save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, meta))
 
 # %% ../nbs/11_model.ipynb #3ef9d24f
 def stored_config(
