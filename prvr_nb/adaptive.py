@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .merging import group_means
 
-# %% ../nbs/08_adaptive.ipynb #5c54099a
+# %% ../nbs/08_adaptive.ipynb #db676ced
 def connected(
     adjacent:Tensor, # (B, n, n) boolean, symmetric
 )->Tensor: # (B, n, n) boolean: is there a path?
     "Transitive closure by squaring: after k squarings all paths of up to 2^k steps are in."
-    reach = adjacent | torch.eye(adjacent.shape[-1], dtype=torch.bool, device=adjacent.device)
-    for _ in range((adjacent.shape[-1] - 1).bit_length()): reach = torch.bmm(reach.float(), reach.float()) > 0
-    return reach
+    reach = (adjacent | torch.eye(adjacent.shape[-1], dtype=torch.bool, device=adjacent.device)).float()
+    for _ in range((adjacent.shape[-1] - 1).bit_length()): reach = torch.bmm(reach, reach).clamp_(max=1)
+    return reach > 0
 
 # %% ../nbs/08_adaptive.ipynb #9dbcd0f9
 def gram_matrix(
@@ -36,14 +36,15 @@ def cosines(
     length = gram.diagonal(dim1=1, dim2=2).clamp(min=1e-24).sqrt()
     return gram / length[:, :, None] / length[:, None]
 
-# %% ../nbs/08_adaptive.ipynb #1018f51a
+# %% ../nbs/08_adaptive.ipynb #c70c9568
 def uniformity(
     clips:Tensor, # (B, L_c, D) clip tokens
     tau:float, # two clips are alike above this cosine
     closure:bool=True, # count pairs that are connected through others too (released code); False: paper
+    gram:Tensor|None=None, # gram_matrix(clips), when it is at hand
 )->Tensor: # (B,) omega in [0, 1], the share of alike pairs
     "Omega: how uniform a video is, as the share of its clip pairs that are alike."
-    alike = cosines(gram_matrix(clips)) > tau
+    alike = cosines(gram_matrix(clips) if gram is None else gram) > tau
     if closure: alike = connected(alike)
     n = clips.shape[1]
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=clips.device)
@@ -99,16 +100,17 @@ def merge_gram(
     half, total = group_means(gram, sizes, labels, m)
     return group_means(half.transpose(1, 2), sizes, labels, m)[0], total
 
-# %% ../nbs/08_adaptive.ipynb #aa9f3e1e
+# %% ../nbs/08_adaptive.ipynb #9cd93183
 def segment_labels(
     clips:Tensor, # (B, L_c, D) normalised input clip tokens
     sizes:Tensor, # (B, L_c) frames per clip
     levels:tuple, # segment counts, falling, the first L_c
     level:Tensor, # (B,) level of each video
+    gram:Tensor|None=None, # gram_matrix(clips), when it is at hand
 )->Tensor: # (B, L_c) clip → segment
     "Merge clips level by level and note, for each video, the map at its own level."
     labels = torch.arange(clips.shape[1], device=clips.device).repeat(len(clips), 1)
-    chosen, gram, sizes = labels, gram_matrix(clips), sizes.double()
+    chosen, gram, sizes = labels, gram_matrix(clips) if gram is None else gram, sizes.double()
     for number, m in enumerate(levels[1:], 1):
         step = bipartite_labels(cosines(gram), m)
         gram, sizes = merge_gram(gram, sizes, step, m)

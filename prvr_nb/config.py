@@ -211,7 +211,7 @@ def published_config(
     paper = {k: v for k, v in PAPER.items() if k not in row} if variant == "paper" else {}
     return make_config({"dataset": dataset, "variant": variant, **row, **paper, **overrides}, "configuration")
 
-# %% ../nbs/09_config.ipynb #4b4b39a3
+# %% ../nbs/09_config.ipynb #9ae092ed
 def replace_file(
     path:str|Path, # file to write
     data:bytes, # its new content
@@ -225,9 +225,8 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True) # a full disk gets its space back
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
+    finally: aside.unlink(missing_ok=True) # it is there only after a failure: a full disk gets its space back
 
 def write_json(
     path:str|Path, # file to write

@@ -141,14 +141,17 @@ def side_for(
     "Block size for the device that holds x."
     return SIDE.get(x.device.type, 2**10)
 
-# %% ../nbs/13_evaluation.ipynb #3b8a53db
+# %% ../nbs/13_evaluation.ipynb #14584c5b
 def blocked_max_scores(
     queries:Tensor, # (Q, d)
     tokens:Tensor, # (V, L, d)
     side:int, # tokens at once, rounded down to whole videos
 )->Tensor: # (Q, V)
     "max_scores, a block of videos at a time."
-    return torch.cat([max_scores(queries, part) for part in tokens.split(max(1, side // tokens.shape[1]))], 1)
+    videos = max(1, side // tokens.shape[1])
+    out = queries.new_empty(len(queries), len(tokens)) # small parts in a list would lie between the large blocks and keep their room from being used again
+    for start in range(0, len(tokens), videos): out[:, start:start + videos] = max_scores(queries, tokens[start:start + videos])
+    return out
 
 # %% ../nbs/13_evaluation.ipynb #d860faf3
 def score_blocks(
@@ -162,7 +165,7 @@ def score_blocks(
         q = e.queries[start:start + side]
         yield start, fuse(blocked_max_scores(q, e.clips, side), blocked_max_scores(q, e.frames, side), clip_weight)
 
-# %% ../nbs/13_evaluation.ipynb #522d4818
+# %% ../nbs/13_evaluation.ipynb #48ba1496
 @exact_matmul()
 def retrieval_ranks(
     e:Embeddings, # normalised
@@ -172,7 +175,11 @@ def retrieval_ranks(
     "Rank of every query's video; raises ValueError when an embedding is not finite."
     if not all_finite(e): raise ValueError("the embeddings hold NaN or infinity: no rank can be given; look at the features and at the training loss")
     video = video.to(e.queries.device)
-    return torch.cat([count_ranks(scores, video[start:start + len(scores)]) for start, scores in score_blocks(e, clip_weight)]).cpu()
+    out = torch.empty_like(video)
+    for start, scores in score_blocks(e, clip_weight):
+        rows = slice(start, start + len(scores))
+        out[rows] = count_ranks(scores, video[rows])
+    return out.cpu()
 
 # %% ../nbs/13_evaluation.ipynb #562e0ce9
 def group_sums(
@@ -191,14 +198,14 @@ def group_sums(
         squares.index_add_(0, where, part.pow(2).sum(1))
     return count, sums, squares
 
-# %% ../nbs/13_evaluation.ipynb #8f5f62a5
+# %% ../nbs/13_evaluation.ipynb #685b9ffd
 def mean_similarity(
     count:Tensor, # (...) embeddings
     sums:Tensor, # (..., d) their sum
     squares:Tensor, # (...) sum of their squared lengths
 )->Tensor: # (...) mean dot product of two different ones; 0 where there are not two
     "Mean over all pairs of a set, from sums."
-    return (sums.pow(2).sum(-1) - squares) / (count * (count - 1)).clamp(min=1) * (count > 1)
+    return (sums.pow(2).sum(-1) - squares) / (count * (count - 1)).clamp(min=1)
 
 # %% ../nbs/13_evaluation.ipynb #2d30683a
 def collapse(

@@ -117,11 +117,12 @@ def op_tome(
     for m in schedule[1:]: merged = merge_step(merged, m, similarity)
     return merged
 
-# %% ../nbs/03_merging.ipynb #313ada56
+# %% ../nbs/03_merging.ipynb #caf6c1b4
 EPS = 1e-5 # the released code divides by (norm + 1e-5), so a zero vector stays zero
 
 def l2_normalise(
     x:Tensor, # (..., D)
+    out:Tensor|None=None, # where to write; x itself saves memory
 )->Tensor: # (..., D) of length just under one
     "Divide by (L2 norm + 1e-5), as the released code does with every input feature."
-    return x / (x.norm(dim=-1, keepdim=True) + EPS)
+    return torch.div(x, x.norm(dim=-1, keepdim=True) + EPS, out=out)

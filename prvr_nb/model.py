@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Embeddings', 'VideoBranch', 'initialise', 'PRVRModel', 'released_names', 'to_released', 'stack', 'from_released',
-           'build_model', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released']
+           'build_model', 'tensor_bytes', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released']
 
 # %% ../nbs/11_model.ipynb #d3efebff
 import json
@@ -146,7 +146,19 @@ def build_model(
         raise UserError(f"{source} does not fit the configuration (hidden {config.hidden}, {config.n_frames} frames, {config.n_clips} clips): {reason}; give the settings it was trained with") from None
     return model.eval()
 
-# %% ../nbs/11_model.ipynb #97087cb3
+# %% ../nbs/11_model.ipynb #cf8a4e06
+def tensor_bytes(
+    tensors:dict, # name → tensor
+    meta:dict, # name → text
+)->bytes: # content of a '*.safetensors' file
+    "Tensors and notes as safetensors writes them, but with the notes in their own order: equal content, equal files."
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, meta)
+    end = 8 + int.from_bytes(data[:8], "little") # of the header, which is JSON filled up with spaces
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": meta}, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[end:]))
+
+# %% ../nbs/11_model.ipynb #a4954a48
 def save_checkpoint(
     path:str|Path, # '*.safetensors'
     model:PRVRModel, # weights, configuration and widths
@@ -154,7 +166,7 @@ def save_checkpoint(
 ):
     "Weights and configuration in one file, written aside and renamed."
     meta = {"config": json.dumps(asdict(model.config)), "facts": json.dumps(facts)}
-    replace_file(path, save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, meta))
+    replace_file(path, tensor_bytes(model.state_dict(), meta))
 
 # %% ../nbs/11_model.ipynb #3ef9d24f
 def stored_config(

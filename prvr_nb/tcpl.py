@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['gram', 'squared_distances', 'grams', 'distances', 'unit_mean', 'gram_distance_loss', 'distance_loss',
-           'inverse_distances', 'Pairs', 'pairs', 'angle_cosines', 'angle_tile', 'tiles', 'gram_gradient', 'AngleLoss',
-           'gram_angle_loss', 'angle_loss', 'tcpl_loss']
+           'inverse_distances', 'Pairs', 'square_scale', 'pairs', 'angle_cosines', 'angle_tile', 'tiles',
+           'gram_gradient', 'AngleLoss', 'gram_angle_loss', 'angle_loss', 'tcpl_loss']
 
 # %% ../nbs/06_tcpl.ipynb #1f9b06e8
 import math
@@ -84,19 +84,25 @@ def inverse_distances(
     squared, diagonal = squared_distances(g), g.diagonal()
     return torch.where(squared > 1e-14 * (diagonal[:, None] + diagonal), squared, torch.inf).rsqrt()
 
-# %% ../nbs/06_tcpl.ipynb #fafe3b3b
+# %% ../nbs/06_tcpl.ipynb #e344b1b3
 class Pairs(NamedTuple):
     "What the cosines need to know about every pair of queries."
     gram:Tensor # (Q, Q) float64, scaled: the farthest point has length 1
     shift:Tensor # (Q, Q) float64, G_ii/2 − G_ji in row j and column i
     inverse:Tensor # (Q, Q) reciprocal distances; their precision is that of the cosines
 
+def square_scale(
+    g:Tensor, # (Q, Q) Gram matrix
+)->Tensor: # scalar, positive
+    "Squared length of the farthest point."
+    return g.diagonal().max().clamp(min=torch.finfo(g.dtype).tiny)
+
 def pairs(
     g:Tensor, # (Q, Q) Gram matrix
     dtype:torch.dtype=torch.float, # of the cosines
 )->Pairs: # of the scaled points
     "Scale a Gram matrix, which changes no angle, and prepare it for angle_cosines."
-    g = g / g.diagonal().max().clamp(min=torch.finfo(g.dtype).tiny)
+    g = g / square_scale(g)
     return Pairs(g, g.diagonal() / 2 - g, inverse_distances(g).to(dtype))
 
 # %% ../nbs/06_tcpl.ipynb #d4a45a05
@@ -150,7 +156,7 @@ def gram_gradient(
     grad.diagonal().copy_(-grad.sum(1))
     return grad
 
-# %% ../nbs/06_tcpl.ipynb #fd659c5b
+# %% ../nbs/06_tcpl.ipynb #378157e1
 class AngleLoss(torch.autograd.Function):
     "Mean smooth-L1 of all Q³ angle cosines, tile by tile; the gradient with respect to the Gram matrix is made in the same pass."
     @staticmethod
@@ -166,8 +172,9 @@ class AngleLoss(torch.autograd.Function):
             push[j] += push_j
             along[j] += along_j
             if j is not k: push[k].add_(push_k), along[k].add_(along_k)
-        scale = g.diagonal().max().clamp(min=torch.finfo(g.dtype).tiny)
-        ctx.save_for_backward(gram_gradient(across, push, along, student.inverse) / scale)
+        inverse = student.inverse
+        del student, teacher # their memory, before the last temporaries
+        ctx.save_for_backward(gram_gradient(across, push, along, inverse).div_(square_scale(g)))
         return total / len(g)**3
 
     @staticmethod

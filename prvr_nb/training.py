@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['all_losses', 'warmup_linear', 'clip_each', 'slices', 'BertAdam', 'parameter_groups', 'make_optimizer',
-           'make_schedule', 'Run', 'load_batches', 'step_losses', 'update', 'refuse_nonfinite', 'train_epoch',
-           'refuse_used', 'refuse_other', 'start_run', 'log_epoch', 'close_epoch', 'make_accelerator',
+           'make_schedule', 'Run', 'load_batches', 'step_losses', 'gradient_size', 'update', 'refuse_nonfinite',
+           'train_epoch', 'refuse_used', 'refuse_other', 'start_run', 'log_epoch', 'close_epoch', 'make_accelerator',
            'compile_encoders', 'build_run', 'Keeper', 'train_epochs', 'train']
 
-# %% ../nbs/12_training.ipynb #1e50db9e
+# %% ../nbs/12_training.ipynb #3e5e673f
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from torch import Tensor
@@ -30,15 +31,15 @@ from tqdm.auto import tqdm
 
 from .cbva import cbva_loss
 from .config import Config, UserError, read_config, write_json
-from .distributed import DataOrder, gather_batch, step_seed
+from .distributed import DataOrder, find_processes, gather_batch, step_seed
 from .evaluation import evaluate, zero_shot
 from .model import Embeddings, PRVRModel, load_checkpoint, save_checkpoint
 from .prepared import Batch, Corpus, prepare
-from .resume import Progress, corpus_fingerprint, load_state, only_process, save_state, trim_history
+from .resume import Progress, corpus_fingerprint, load_state, only_process, refuse_settings, save_state, trim_history
 from .retrieval import both_scores, info_nce, triplet
 from .tcpl import tcpl_loss
 
-# %% ../nbs/12_training.ipynb #b02d8ba5
+# %% ../nbs/12_training.ipynb #1c0b8f27
 def all_losses(
     model:PRVRModel, # for its CBVA projection
     e:Embeddings, # what the model made of the batch
@@ -53,9 +54,9 @@ def all_losses(
         losses[f"{branch}_nce"] = factor * info_nce(raw, batch.video)
         losses[f"{branch}_triplet"] = triplet(cosine, batch.video, config.margin, hard, config.hard_pool_size)
     if config.cbva:
-        project = model.project if config.cbva_similarity == "projected_dot" else torch.nn.Identity()
-        losses["cbva"] = config.lambda_cbva * cbva_loss(project(e.frames), project(e.clips), batch.sizes, batch.frame_to_clip,
-                                                        batch.clip_to_segment, config.cbva_similarity, config.cbva_normalisation)
+        project = model.project if config.cbva_similarity == "projected_dot" else None
+        losses["cbva"] = config.lambda_cbva * cbva_loss(e.frames, e.clips, batch.sizes, batch.frame_to_clip, batch.clip_to_segment,
+                                                        config.cbva_similarity, config.cbva_normalisation, project)
     if config.tcpl: losses["tcpl"] = tcpl_loss(e.queries, batch.teacher, config.lambda_e, config.lambda_a, config.tcpl_average)
     return losses
 
@@ -88,7 +89,7 @@ def slices(
     "Members of stacked tensors as views."
     return [view for t in tensors for view in (t.flatten(0, stacked_dims - 1).unbind() if stacked_dims else [t])]
 
-# %% ../nbs/12_training.ipynb #d0faf8ef
+# %% ../nbs/12_training.ipynb #e912cfb6
 class BertAdam(torch.optim.AdamW):
     "Adam without bias correction, with decoupled weight decay and every gradient tensor clipped to norm 1 by itself (BERT's optimiser): the fused AdamW, after so many steps that nothing is left to correct."
     def __init__(self, params, lr:float, betas:tuple=(0.9, 0.999), eps:float=1e-6, weight_decay:float=0.01, max_norm:float=1.):
@@ -101,7 +102,7 @@ class BertAdam(torch.optim.AdamW):
     ):
         "Moments of a parameter before its first step here."
         zero = lambda kind: moments[kind].to(p) if moments else torch.zeros_like(p)
-        self.state[p] = dict(step=torch.tensor(1e6, dtype=torch.float32, device=p.device), exp_avg=zero("exp_avg"), exp_avg_sq=zero("exp_avg_sq"))
+        self.state[p] = dict(step=torch.full((), 1e6, device=p.device), exp_avg=zero("exp_avg"), exp_avg_sq=zero("exp_avg_sq"))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -110,6 +111,7 @@ class BertAdam(torch.optim.AdamW):
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if p not in self.state: self.start(p)
+                if p.grad.stride() != p.stride(): p.grad = p.grad.contiguous() # the fused kernel walks through memory, not through indices
             if params: clip_each(slices([p.grad for p in params], group.get("stacked_dims", 0)), self.max_norm)
         super().step()
 
@@ -185,48 +187,55 @@ def step_losses(
     run.seed(progress, 0)
     return all_losses(run.accelerator.unwrap_model(run.model), e, whole, run.config, progress.epoch)
 
-# %% ../nbs/12_training.ipynb #14973c6e
+# %% ../nbs/12_training.ipynb #1a80e9e6
+def gradient_size(
+    model:torch.nn.Module, # after the backward pass
+)->Tensor: # scalar; not finite as soon as one gradient is not
+    "Sum of the norms of all gradients, before any is clipped."
+    return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).sum()
+
 def update(
     run:Run, # model, optimiser
     losses:dict, # name → scalar
-)->bool: # False when the step was left out
+)->dict|None: # the losses and, under 'gradient', the size of their gradient; None when the step was left out
     "Backward pass and update; with nonfinite='skip' a step without finite losses and gradients is left out, at the price of waiting for the device."
-    unusable = lambda tensors: run.config.nonfinite == "skip" and not torch.stack(tensors).isfinite().all()
+    usable = lambda numbers: run.config.nonfinite != "skip" or bool(torch.stack(list(numbers)).isfinite().all())
     run.optimizer.zero_grad()
-    if unusable(list(losses.values())): return False
+    if not usable(losses.values()): return None
     run.accelerator.backward(sum(losses.values()))
-    if unusable([p.grad.abs().max() for p in run.model.parameters() if p.grad is not None]): return False
+    size = gradient_size(run.model)
+    if not usable([size]): return None
     run.optimizer.step()
-    return True
+    return {**losses, "gradient": size}
 
-# %% ../nbs/12_training.ipynb #4ec6b0e5
+# %% ../nbs/12_training.ipynb #8e77cb94
 def refuse_nonfinite(
     run:Run, # names of the videos
-    progress:Progress, # losses of this epoch's steps
+    progress:Progress, # numbers of this epoch's steps
     last:int=0, # look at this many of the newest steps; 0: at all
 ):
-    "Raise UserError with step, term and videos of the first loss that is not finite."
+    "Raise UserError with step, term and videos of the first loss or gradient that is not finite."
     values = torch.stack(progress.values[-last:])
     broken = (~values.isfinite()).nonzero().tolist() # the only place in an epoch that waits for the device
     if not broken: return
-    step = progress.step - len(values) + broken[0][0]
+    step = progress.step - len(values) + broken[0][0] # with nonfinite='stop' every step of the epoch has its numbers
     terms = [progress.names[term] for row, term in broken if row == broken[0][0]]
     videos = torch.cat(run.order.epoch(progress.epoch)[step]).tolist()
     names = ", ".join(run.corpus.split.videos[v] for v in videos)
-    raise UserError(f"epoch {progress.epoch}, step {step}: loss {', '.join(terms)} is not finite; a lower --lr helps most often, --nonfinite skip leaves such steps out; the batch's videos: {names}")
+    raise UserError(f"epoch {progress.epoch}, step {step}: {', '.join(terms)} not finite; a lower --lr helps most often, --nonfinite skip leaves such steps out; the batch's videos: {names}")
 
-# %% ../nbs/12_training.ipynb #2fd426dd
+# %% ../nbs/12_training.ipynb #9e1c1686
 def train_epoch(
     run:Run, # model, optimiser, corpus
     progress:Progress, # where the run stands; moves on
     after_step:Callable=lambda: None, # called after each step, e.g. to save
 )->dict: # name → mean of the weighted loss over the steps
-    "The rest of an epoch; raises UserError when a loss is not finite."
+    "The rest of an epoch; raises UserError when a loss or a gradient is not finite."
     run.model.train()
     steps = run.order.epoch(progress.epoch)[progress.step:]
     for shares, batch in zip(steps, load_batches(run, steps)):
-        losses = step_losses(run, batch, shares, progress)
-        if update(run, losses): progress.add(losses)
+        numbers = update(run, step_losses(run, batch, shares, progress))
+        if numbers: progress.add(numbers)
         else: progress.skipped.append(progress.step)
         run.schedule.step()
         progress.step += 1
@@ -234,9 +243,10 @@ def train_epoch(
         after_step()
     if not progress.values: raise UserError(f"epoch {progress.epoch}: no step had finite losses and gradients; lower --lr")
     refuse_nonfinite(run, progress)
-    return dict(zip(progress.names, torch.stack(progress.values).double().mean(0).tolist()))
+    means = dict(zip(progress.names, torch.stack(progress.values).double().mean(0).tolist()))
+    return {name: mean for name, mean in means.items() if name != "gradient"}
 
-# %% ../nbs/12_training.ipynb #b425f1cc
+# %% ../nbs/12_training.ipynb #47779ebc
 def refuse_used(
     out:Path, # run folder
 ):
@@ -250,10 +260,7 @@ def refuse_other(
     config:Config, # of the run that is wanted
 ):
     "Raise UserError when the run in a folder was started with other settings."
-    if not (out/"config.json").exists(): return
-    stored = asdict(read_config(out/"config.json"))
-    other = [f"{name} {stored[name]}" for name, value in asdict(config).items() if stored[name] != value]
-    if other: raise UserError(f"{out} was started with other settings ({', '.join(other)}); give those, or choose another --out")
+    if (out/"config.json").exists(): refuse_settings(read_config(out/"config.json"), config, out)
 
 def start_run(
     out:str|Path, # run folder
@@ -269,7 +276,7 @@ def start_run(
     except OSError as error: raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
     return out
 
-# %% ../nbs/12_training.ipynb #c924a270
+# %% ../nbs/12_training.ipynb #2690a790
 def log_epoch(
     out:Path, # run folder
     progress:Progress, # epoch, steps left out
@@ -280,7 +287,10 @@ def log_epoch(
     "Append a line to history.jsonl and the same numbers to TensorBoard."
     line = {"epoch": progress.epoch, "loss": sum(losses.values()), "losses": losses, **row}
     if progress.skipped: line["skipped_steps"] = progress.skipped
-    with (out/"history.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps(line, allow_nan=False) + "\n")
+    with (out/"history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno()) # before the saved state says that the epoch is done
     scalars = {**{f"loss/{k}": v for k, v in losses.items()}, **{f"val/{k}": v for k, v in row.items() if v is not None}}
     accelerator.log(scalars, step=progress.epoch)
 
@@ -344,7 +354,7 @@ def build_run(
     model, prepared = accelerator.prepare(model, optimizer)
     return Run(model, prepared, schedule, accelerator, train_set.to(accelerator.device), order, config), progress
 
-# %% ../nbs/12_training.ipynb #16a2571e
+# %% ../nbs/12_training.ipynb #2ae26424
 class Keeper:
     "Saves the state of a run: at once when asked, otherwise when it is due."
     def __init__(self,
@@ -358,10 +368,10 @@ class Keeper:
 
     def save(self):
         "Save now, in the main process."
+        self.saved = time.monotonic()
         if not self.run.accelerator.is_main_process: return
         optimizer = self.run.optimizer.optimizer # as accelerate wraps it
         save_state(self.path, self.run.accelerator.unwrap_model(self.run.model), optimizer, self.progress, self.corpus)
-        self.saved = time.monotonic()
 
     def save_if_due(self):
         "Save when the last time is long ago; never a state whose losses are broken."
@@ -391,7 +401,7 @@ def train_epochs(
             keeper.save()
             bar.set_postfix(epoch=progress.epoch, best=f"{progress.best:.1f}")
 
-# %% ../nbs/12_training.ipynb #ae609980
+# %% ../nbs/12_training.ipynb #b7788e16
 def train(
     config:Config, # see published_config
     root:str|Path, # folder that holds the collections
@@ -402,11 +412,12 @@ def train(
     checkpoint_seconds:float=600., # between two saves within an epoch
 )->list: # rows of metrics.json: zero-shot teacher (where widths allow) and the trained model; none in processes other than the main one
     "Train with early stopping on validation SumR (the published protocol), evaluate the best epoch and leave a run folder."
-    out, state = Path(out), PartialState()
+    out, state = Path(out), find_processes()
     refuse_other(out, config) if resume else refuse_used(out) # before minutes of preparation
-    if resume and (out/"metrics.json").exists(): return json.loads((out/"metrics.json").read_text(encoding="utf-8"))["rows"]
+    if resume and (out/"metrics.json").exists(): return json.loads((out/"metrics.json").read_text(encoding="utf-8"))["rows"] if state.is_main_process else []
     with state.main_process_first(): train_set, val_set = corpora or prepare(root, config, quiet=quiet or not state.is_main_process)
-    with only_process(start_run(out, config, resume)) if state.is_main_process else nullcontext():
+    with only_process(out) if state.is_main_process else nullcontext():
+        if state.is_main_process: start_run(out, config, resume)
         run, progress = build_run(config, train_set, out)
         if state.is_main_process: trim_history(out/"history.jsonl", progress.epoch)
         train_epochs(run, progress, val_set, out, checkpoint_seconds, quiet)

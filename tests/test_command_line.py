@@ -3,6 +3,7 @@ import dataclasses
 import http.server
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -91,6 +92,22 @@ def test_a_run_is_not_overwritten(run, root, capsys):
     assert "holds a run already" in capsys.readouterr().err and (run / "history.jsonl").read_text() == before
 
 
+def test_resume(run, root, tmp_path, capsys):
+    new = ["--dataset", "toy", "--root", str(root), "--out", str(tmp_path / "run"), *SMALL]
+    assert train_command([*new, "--resume", "--checkpoint-seconds", "0"]) == 0  # nothing is there: it starts
+    table = capsys.readouterr().out.splitlines()[-2:]
+    history = (tmp_path / "run" / "history.jsonl").read_text()
+    assert history == (run / "history.jsonl").read_text()  # how often a state is saved makes no difference
+    (tmp_path / "run" / "metrics.json").unlink()
+    resume = ["--root", str(root), "--out", str(tmp_path / "run"), "--resume"]
+    for _ in "evaluates once more", "finished":
+        assert train_command(resume) == 0  # its settings are known, the dataset as well
+        assert capsys.readouterr().out.splitlines()[-2:] == table
+    assert (tmp_path / "run" / "history.jsonl").read_text() == history
+    assert train_command([*resume, "--lr", "0.1"]) == 1 and "other settings (lr 0.0002)" in capsys.readouterr().err
+    assert train_command([*resume, "--nonfinite", "skip"]) == 0
+
+
 def test_a_collection_that_is_not_in_the_table_trains(root, tmp_path):
     for old, new in zip([*corpus_paths(root, "toy", "train"), corpus_paths(root, "toy", "val").captions], [*corpus_paths(tmp_path, "mine", "train"), corpus_paths(tmp_path, "mine", "val").captions]):
         new.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +181,7 @@ def server():
 
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
 def test_download_continues_and_unpacks(kind, server, root, tmp_path, capsys):
+    shutil.rmtree(root / "toy" / ".prepared", ignore_errors=True)
     archive, filler = tmp_path / f"pack.{kind}", root / "toy" / "FeatureData" / "filler.bin"
     filler.write_bytes(random.Random(0).randbytes(4_000_000))  # several of the pieces in which files arrive
     if kind == "zip":

@@ -3,6 +3,7 @@
 Each test writes a small corpus in the released layout, breaks it, and reads it with `check_corpus` and with `prepare`.
 """
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -312,6 +313,7 @@ def test_preparing_depends_on_neither_company_nor_chance(tmp_path):
     config, problems = published_config(NAME), Problems()
     torch.manual_seed(0)
     together = prepare_split(tmp_path, config, "val", problems, chunk=256, quiet=True)
+    shutil.rmtree(tmp_path / NAME / ".prepared")  # or the second would be the first, from the cache
     torch.manual_seed(1)
     alone = prepare_split(tmp_path, config, "val", problems, chunk=1, quiet=True)
     for name, a, b in zip(together.videos._fields, together.videos, alone.videos):

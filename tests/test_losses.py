@@ -2,10 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.testing import assert_close
 
 from prvr_nb.cbva import cbva_loss
 from prvr_nb.retrieval import cosine_scores, info_nce, max_scores, pick_negative, triplet
+from prvr_nb.tcpl import tcpl_loss
 
 LAYOUTS = (8, 5, 3, 2)  # segments of the four videos of a batch
 
@@ -161,6 +163,47 @@ def test_frames_learn_from_the_first_question_and_clips_from_the_second():
     assert_close(d_frames, wanted[0][0], rtol=1e-4, atol=1e-5)
     assert_close(d_clips, wanted[1][1], rtol=1e-4, atol=1e-5)
     assert (wanted[1][0].abs() > 1e-3).any() and (wanted[0][1].abs() > 1e-3).any()  # what is stopped is not nothing
+
+
+@pytest.mark.parametrize("normalisation", ["mean", "softmax"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_projection_of_all_tokens_and_the_short_way(normalisation, scale):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4).double()
+    frames, clips, *maps = cbva_batch(scale, dtype=torch.float64)
+    leaves = frames, clips, layer.weight, layer.bias
+    short = cbva_loss(frames, clips, *maps, normalisation=normalisation, project=layer)
+    long = cbva_loss(layer(frames), layer(clips), *maps, normalisation=normalisation)
+    assert_close(short, long)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, leaves) for loss in (short, long))):
+        assert theirs.abs().max() > 0
+        assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_the_cosine_takes_no_projection():
+    with pytest.raises(ValueError, match="project must be None"):
+        cbva_loss(*cbva_batch(), "cosine", project=torch.nn.Linear(6, 6))
+
+
+@pytest.mark.parametrize("segments", [LAYOUTS, (1, 3)])
+def test_gradcheck(segments):
+    "Of the form in which both sides learn; with stopped gradients, the change of the loss is not the gradient."
+    frames, clips, *maps = cbva_batch(0.7, segments=segments, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda f, c: cbva_loss(f, c, *maps, normalisation="softmax"), (frames, clips))
+
+
+def test_no_loss_asks_the_device_for_a_value():
+    "Tensors without values raise where code needs one: .item(), boolean indexing, nonzero, `if tensor`."
+    with FakeTensorMode():
+        frames, clips, student = (torch.randn(*shape, requires_grad=True) for shape in ((4, 24, 6), (4, 8, 6), (30, 16)))
+        maps, layer = (torch.ones(4, 8), torch.zeros(4, 24, dtype=torch.long), torch.zeros(4, 8, dtype=torch.long)), torch.nn.Linear(6, 6)
+        for options in {}, {"project": layer}, {"similarity": "cosine", "normalisation": "softmax"}:
+            cbva_loss(frames, clips, *maps, **options).backward()
+        for average in "all", "off_diagonal":
+            tcpl_loss(student, torch.randn(30, 24), average=average).backward()
+        assert frames.grad.shape == (4, 24, 6) and clips.grad.shape == (4, 8, 6) and student.grad.shape == (30, 16)
+        with pytest.raises(DynamicOutputShapeException):
+            student[student > 0]  # the mode does raise
 
 
 def softmax_cbva(frames, clips, sizes, frame_to_clip, clip_to_segment, cosine):

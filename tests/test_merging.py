@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prvr_nb.adaptive import bipartite_labels, choose_level, connected, greedy_pairs, segment_labels, uniformity
+from prvr_nb.adaptive import bipartite_labels, choose_level, connected, cosines, gram_matrix, greedy_pairs, merge_gram, segment_labels, uniformity
 from prvr_nb.merging import Merged, group_means, l2_normalise, merge_step, op_tome, resample, resample_bounds, uniform_clips
 
 SCHEDULE, LEVELS = (128, 80, 52, 32), (32, 20, 12, 8, 5)
@@ -292,6 +292,11 @@ def test_choose_level_next_to_the_released_thresholds():
 
 # ---- bipartite merging
 
+def bipartite(tokens, m):
+    "One step from the tokens themselves."
+    return bipartite_labels(cosines(gram_matrix(tokens)), m)
+
+
 def assigned(similarity, n_pairs):
     "One video: all pairs sorted once, taken from the top while both ends are free."
     order = sorted(product(range(len(similarity)), range(len(similarity[0]))), key=lambda p: (-similarity[p[0]][p[1]], p))
@@ -349,7 +354,7 @@ def test_bipartite_labels_with_exact_ties(n):
     sign = torch.randint(0, 2, (8, n), generator=torch.Generator().manual_seed(n + 1)) * 2. - 1
     x = torch.nn.functional.one_hot(axis, 3) * sign[..., None] * 4
     for m in range((n + 1) // 2, n):
-        for rows, got in zip(x.double().numpy(), bipartite_labels(x, m).tolist()):
+        for rows, got in zip(x.double().numpy(), bipartite(x, m).tolist()):
             assert runs(got) == segments(rows, np.ones(n), (n, m))
 
 
@@ -360,6 +365,31 @@ def test_segments_of_a_still_video():
     assert level.tolist() == [4] and runs(labels[0].tolist()) == segments(clips[0].double().numpy(), sizes[0].double().numpy(), LEVELS)
 
 
+def test_ties_of_any_single_frame_are_those_of_exact_numbers():
+    # Clips of one frame are equal, so every cosine is 1 on paper; sizes 8, 4, 2 and 1 make means that round differently.
+    frame = op_tome(resample(numbers(1, 48, seed=9), torch.tensor([1])))
+    exact = torch.eye(4)[1].expand(1, 32, 4)
+    for seed in range(20):
+        clips = l2_normalise(numbers(1, 1, 48, seed=seed)).expand(1, 32, 48)
+        for level in range(5):
+            assert torch.equal(segment_labels(clips, frame.sizes, LEVELS, torch.tensor([level])), segment_labels(exact, frame.sizes, LEVELS, torch.tensor([level])))
+
+
+def test_a_gram_matrix_at_hand_changes_nothing():
+    clips, sizes, level = numbers(5, 32, 8, seed=8), torch.full((5, 32), 4.), torch.arange(5)
+    gram = gram_matrix(clips)
+    kept = gram.clone()
+    assert torch.equal(uniformity(clips, 0.3, True, gram), uniformity(clips, 0.3))
+    assert torch.equal(segment_labels(clips, sizes, LEVELS, level, gram), segment_labels(clips, sizes, LEVELS, level))
+    assert torch.equal(gram, kept)
+
+
+def test_cosines_of_tokens_that_cancel():
+    x = torch.tensor([[[1., 2.], [-1., -2.], [3., 1.]]])
+    merged, _ = merge_gram(gram_matrix(x), torch.ones(1, 3, dtype=torch.double), torch.tensor([[0, 0, 1]]), 2)
+    assert cosines(merged)[0, 0].tolist() == [0, 0] and cosines(merged).isfinite().all()
+
+
 def test_segments_are_nested_and_weighted_means():
     clips, sizes = numbers(5, 32, 8, seed=8), torch.randint(1, 9, (5, 32), generator=torch.Generator().manual_seed(8)).float()
     maps = [segment_labels(clips, sizes, LEVELS, torch.full((5,), k)) for k in range(5)]
@@ -368,7 +398,7 @@ def test_segments_are_nested_and_weighted_means():
         assert (coarser | ~finer).all() and not torch.equal(coarser, finer)
     means, mass = clips, sizes
     for m in LEVELS[1:]:
-        means, mass = group_means(means, mass, bipartite_labels(means, m), m)
+        means, mass = group_means(means, mass, bipartite(means, m), m)
     direct, total = group_means(clips, sizes, maps[-1], 5)
     assert_close(means, direct)
     assert torch.equal(mass, total)
@@ -388,4 +418,4 @@ def test_segments_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("n, m", [(32, 15), (5, 2), (32, 32), (8, 9)])
 def test_bipartite_labels_refuses_impossible_steps(n, m):
     with pytest.raises(ValueError, match=f"{n} tokens cannot become {m}"):
-        bipartite_labels(numbers(1, n, 4), m)
+        bipartite(numbers(1, n, 4), m)

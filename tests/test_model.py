@@ -1,4 +1,5 @@
 """The encoder against a plain oracle, laws of the whole model, and its files: round trips, failed saves, damaged and foreign files."""
+import errno
 import json
 import math
 import os
@@ -262,11 +263,8 @@ def test_save_replaces_an_older_checkpoint(saved):
     assert torch.equal(load_checkpoint(path).token, other.token)
 
 
-def half_save(tensors, path, metadata):
-    save_file(tensors, path, metadata=metadata)
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[:len(whole) // 2])
-    raise OSError("no space left on device")
+def disk_is_full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -275,14 +273,17 @@ def test_failed_save_leaves_no_half_file_under_the_final_name(saved, monkeypatch
     before = path.read_bytes()
     if not exists:
         path.unlink()
-    monkeypatch.setattr(prvr_nb.model, "save_file", half_save)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", disk_is_full)  # everything is written, and then not stored
+    with pytest.raises(OSError, match="No space left on device.*best.safetensors'"):
         save_checkpoint(path, random_model(seed=5))
+    assert not list(path.parent.glob("*.part"))
     assert path.exists() == exists
     if exists:
         assert path.read_bytes() == before
     monkeypatch.undo()
-    save_checkpoint(path, random_model(seed=5))  # what the failed one left behind is no obstacle
+    path.with_name("best.safetensors.part").write_bytes(b"half of a file that a killed process has left")
+    save_checkpoint(path, random_model(seed=5))
+    assert [p.name for p in path.parent.iterdir()] == ["best.safetensors"]
     assert torch.equal(load_checkpoint(path).token, random_model(seed=5).token)
 
 
@@ -299,21 +300,18 @@ def test_killed_save_leaves_the_old_file(saved):
     before = path.read_bytes()
     program = """
 import os, sys
-from pathlib import Path
 import prvr_nb.model as m
-whole_save = m.save_file
-def killed(tensors, path, metadata):
-    whole_save(tensors, path, metadata=metadata)
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data[:len(data) // 2])
-    os._exit(9)
 model = m.load_checkpoint(sys.argv[1])
-m.save_file = killed
+def killed(file):
+    os.ftruncate(file, os.fstat(file).st_size // 2)
+    os._exit(9)
+os.fsync = killed
 m.save_checkpoint(sys.argv[1], model, epoch=4)
 """
     root = str(Path(prvr_nb.__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
+    assert 0 < path.with_name(path.name + ".part").stat().st_size < len(before)
     assert path.read_bytes() == before
     load_checkpoint(path)
 
