@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW_SWITCHES', 'whole_numbers', 'flag_type', 'add_config_flags', 'given_settings', 'interrupt_again', 'remedy',
            'run_command', 'run_config', 'train_command', 'start_folder', 'eval_command', 'data_command', 'demo_command',
-           'ablation_command']
+           'ablation_command', 'bench_command']
 
 # %% ../nbs/16_command_line.ipynb #297e7d30
 import _thread
@@ -203,4 +203,22 @@ def ablation_command(argv:list|None=None)->int:
         from prvr_nb.ablation import run_ablation
         given = given_settings(args)
         run_ablation(given.pop("dataset", "toy"), args.root, args.out, args.seeds, **given)
+    return run_command(main, parser, argv)
+
+# %% ../nbs/16_command_line.ipynb #976a5cf8
+def bench_command(argv:list|None=None)->int:
+    "prvr_bench: what preparing, training and evaluating cost on this machine."
+    parser = argparse.ArgumentParser("prvr_bench", allow_abbrev=False, description="Measure preparing, training steps (baseline and full method in turn), TCPL and evaluation with random features of the published sizes; writes one JSON file.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write, e.g. runs/bench/mine.json")
+    parser.add_argument("--batch", type=int, help="videos in a step, five queries each; default: 128 on a GPU, 32 on a CPU")
+    parser.add_argument("--budget", type=float, default=5., help="seconds to spend on each figure, about")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="measure compiled encoders too (compiling takes minutes)")
+
+    def main(args):
+        from accelerate import PartialState
+        from prvr_nb.bench import Sizes, bench, bench_table
+        device = PartialState().device
+        batch = args.batch or (128 if device.type == "cuda" else 32)
+        if batch < 2 or args.budget <= 0: raise UserError(f"batch is {batch} and budget {args.budget}; a step needs two videos, and a figure some time")
+        print(bench_table(bench(args.out, published_config("tvr"), Sizes(batch), device, args.budget, args.compiled)))
     return run_command(main, parser, argv)

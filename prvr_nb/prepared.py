@@ -9,7 +9,7 @@ __all__ = ['MAX_TOKENS', 'RESERVE', 'FORMAT', 'STORED', 'Videos', 'Queries', 'Ba
            'write_queries', 'write_videos', 'remove_outdated', 'progress', 'write_entry', 'bytes_per_video',
            'room_needed', 'find_problems', 'prepare_split', 'keep_freed_memory', 'prepare']
 
-# %% ../nbs/10_prepared.ipynb #c4015e4c
+# %% ../nbs/10_prepared.ipynb #acc61d56
 import ctypes
 import hashlib
 import json
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -210,7 +210,7 @@ def cache_places(
     if os.environ.get("PRVR_CACHE"): return [Path(os.environ["PRVR_CACHE"]).expanduser()/name]
     return [folder/".prepared", Path("~/.cache/prvr_nb").expanduser()/name]
 
-# %% ../nbs/10_prepared.ipynb #581f4a1b
+# %% ../nbs/10_prepared.ipynb #e4abde2a
 class EntryWriter:
     "Tensors that grow on disk, row by row, each in a file of its own; plain writes, so that a full disk is an OSError."
     def __init__(self, folder:Path): self.folder, self.files, self.tensors = folder, {}, {}
@@ -231,8 +231,9 @@ class EntryWriter:
             file.flush(); os.fsync(file.fileno())
 
     def close(self):
-        "Close all files."
-        for file in self.files.values(): file.close()
+        "Close all files; what a full disk keeps from being written has been reported by then."
+        for file in self.files.values():
+            with suppress(OSError): file.close()
 
 # %% ../nbs/10_prepared.ipynb #73a207d8
 def map_tensor(

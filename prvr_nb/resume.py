@@ -92,7 +92,7 @@ def read_state(
         with safe_open(path, framework="pt") as file: return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error: raise UserError(f"{path} cannot be read ({error}); delete it to train this run from its beginning") from None
 
-# %% ../nbs/21_interruption.ipynb #61d01948
+# %% ../nbs/21_interruption.ipynb #b77de37c
 def load_state(
     path:Path, # last.safetensors
     model:PRVRModel, # gets the weights, on its device
@@ -100,8 +100,9 @@ def load_state(
     corpus:str, # fingerprint of the training split
 )->Progress: # where the run stood
     "Continue from a saved state; raises UserError when it belongs to another corpus or another model."
-    tensors, meta = read_state(path)
-    if meta.get("corpus") != corpus: raise UserError(f"{path} was trained on other captions or features than --root holds now; restore the corpus or choose another --out")
+    (tensors, meta), remedy = read_state(path), "delete it to train this run from its beginning"
+    if not {"progress", "corpus"} <= meta.keys(): raise UserError(f"{path} is no saved state of a run; {remedy}")
+    if meta["corpus"] != corpus: raise UserError(f"{path} was trained on other captions or features than --root holds now; restore the corpus or choose another --out")
     refuse_settings(stored_config(meta, str(path)), model.config, path)
     part = lambda kind: {name.removeprefix(f"{kind}."): t for name, t in tensors.items() if name.startswith(f"{kind}.")}
     try:
@@ -110,7 +111,8 @@ def load_state(
         for name in moments["exp_avg"]: optimizer.start(parameters[name], **{kind: t[name] for kind, t in moments.items()})
         values = tensors["values"].to(model.token.device).unbind() if "values" in tensors else ()
         return Progress(**json.loads(meta["progress"]), values=list(values))
-    except (KeyError, RuntimeError, TypeError, ValueError) as error: raise UserError(f"{path} does not fit this version or configuration ({error}); delete it to train this run from its beginning") from None
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this version or configuration ({str(error).splitlines()[-1].strip()}); {remedy}") from None
 
 # %% ../nbs/21_interruption.ipynb #e91b3124
 def trim_history(

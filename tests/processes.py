@@ -6,7 +6,7 @@ import sys
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prvr_nb.training"])
+CONTEXT.set_forkserver_preload(["prvr_nb.training", "prvr_nb.cli", "prvr_nb.report", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"])
 
 
 def on_the_cpu(rank=0, world=1, port=0):
@@ -49,7 +49,7 @@ def start(function, *arguments, world=1):
     return started
 
 
-def run(function, *arguments, world=1, seconds=120):
+def run(function, *arguments, world=1, seconds=60):
     "Run the function in `world` processes to its end."
     started = start(function, *arguments, world=world)
     for process in started:

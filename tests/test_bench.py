@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from prvr_nb.bench import Sizes, bench, extra_memory, flops_of_step, in_new_process, loss_calls, make_run, measure, one_step, random_corpus, step_parts, tcpl_memory
+from prvr_nb.bench import Sizes, bench, bench_table, extra_memory, flops_of_step, in_new_process, loss_calls, make_run, measure, one_step, random_corpus, step_parts, tcpl_memory
 from prvr_nb.config import published_config
 
 CPU = torch.device("cpu")
@@ -16,9 +16,22 @@ def config():
     return published_config("toy", hidden=16, heads=2, batch=3)
 
 
-def test_the_file_holds_every_part(tmp_path, config):
-    result = bench(tmp_path / "deep" / "cpu.json", config, TINY, CPU, budget=0.01, compiled=False, quiet=True)
-    assert json.loads((tmp_path / "deep" / "cpu.json").read_text()) == json.loads(json.dumps(result))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("bench") / "deep" / "cpu.json"
+    result = bench(path, config, TINY, CPU, budget=0.01, compiled=False, quiet=True)
+    return path, result
+
+
+def test_the_table_names_every_figure(written):
+    table = bench_table(written[1])
+    for expected in "prepare:", "step, fp32 eager", "step, bf16 eager", "Q =     6", "evaluation, 20 × 7":
+        assert expected in table
+
+
+def test_the_file_holds_every_part(written):
+    path, result = written
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
     assert {"machine", "prepare", "matrix_rate", "fp32 eager", "bf16 eager", "step_memory", "tcpl", "evaluation"} <= result.keys()
     for variant in "fp32 eager", "bf16 eager":
         assert result[variant]["steps"].keys() == {"baseline", "full"}
@@ -72,3 +85,4 @@ def test_memory_is_what_a_call_adds():
 
 def test_tcpl_memory_grows_with_the_queries():
     assert in_new_process(tcpl_memory, 512, CPU) > in_new_process(tcpl_memory, 64, CPU) >= 0
+

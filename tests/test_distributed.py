@@ -20,7 +20,7 @@ from prvr_nb.toy import write_toy
 from prvr_nb.training import build_run, load_batches, step_losses, train, update
 
 N_TRAIN, BATCH = 17, 7  # batches of 7, 7 and 3 videos: shares of 4 + 3 and 2 + 1, or of 3 + 2 + 2 and 1 + 1 + 1
-TINY = dict(hidden=16, heads=2, epochs=2, batch=BATCH, merge_schedule=(16, 12, 8), segment_levels=(8, 5), drop=0., lr=1e-3, seed=3)
+TINY = dict(hidden=16, heads=2, epochs=3, patience=1, batch=BATCH, merge_schedule=(16, 12, 8), segment_levels=(8, 5), drop=0., lr=1e-3, seed=3)
 CASES = {
     "random negatives": {},
     "hard negatives": dict(hard_negative_epoch=0, hard_pool_size=3),
@@ -137,6 +137,7 @@ def test_a_whole_run_has_one_set_of_files(root, one_process, tmp_path):
     files = lambda out: sorted(re.sub(r"tfevents.*", "tfevents", str(p.relative_to(out))) for p in out.rglob("*") if p.is_file())
     assert files(tmp_path / "run") == files(one_process)
     same_history(history_of(tmp_path / "run"), history_of(one_process))
+    assert len(history_of(one_process)) == 3  # the best epoch is a later one: every process has to know, or it loses patience
     assert (tmp_path / "run" / "config.json").read_text() == (one_process / "config.json").read_text()
     processes.run(train_run, root, tmp_path / "run", {}, True, world=2)  # a finished run: the main process has its rows
 
@@ -151,7 +152,7 @@ def test_a_run_goes_on_with_another_number_of_processes(root, one_process, tmp_p
 
 def test_steps_are_left_out_together(root, tmp_path):
     processes.run(train_broken, root, tmp_path / "run", world=2)
-    assert [line.get("skipped_steps") for line in history_of(tmp_path / "run")] == [[1], None]
+    assert [line.get("skipped_steps") for line in history_of(tmp_path / "run")] == [[1], None, None]
 
 
 def train_broken(root, out):
@@ -163,7 +164,7 @@ def train_broken(root, out):
         calls.append(epoch)
         return {**losses, "tcpl": losses["tcpl"] * float("nan")} if len(calls) == 2 else losses
     calls, prvr_nb.training.all_losses = [], broken
-    train(published_config("toy", **{**TINY, "nonfinite": "skip"}), root, out, quiet=True)
+    train(published_config("toy", **{**TINY, "nonfinite": "skip", "patience": 9}), root, out, quiet=True)
 
 
 def test_accelerate_launch(root, tmp_path):

@@ -234,6 +234,12 @@ def test_connected(n):
             assert got.tolist() == [[a == b for b in group] for a in group]
 
 
+def test_connected_does_not_overflow():
+    clique = torch.ones(1, 65, 65, dtype=torch.bool)
+    clique[0, 64], clique[0, :, 64] = False, False
+    assert connected(clique).sum() == 64 * 64 + 1
+
+
 def test_connected_through_the_longest_chain():
     for n in (2, 3, 4, 5, 16, 17, 32, 33):
         chain = torch.zeros(1, n, n, dtype=torch.bool)

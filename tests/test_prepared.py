@@ -324,11 +324,11 @@ def test_a_corpus_without_write_permission_is_cached_at_home(tmp_path):
 
 
 def test_no_place_at_all_is_said_with_the_room_and_the_remedy(tmp_path, monkeypatch):
-    paths = write(tmp_path)
+    paths = write(tmp_path, n_videos=300)
     refuse(monkeypatch, tmp_path / NAME, tmp_path / "home")
     with pytest.raises(UserError) as caught:
         get(tmp_path)
-    room = (9 * bytes_per_video(config(), WIDTH) + paths.text.stat().st_size) / 1e6
+    room = (300 * bytes_per_video(config(), WIDTH) + paths.text.stat().st_size) / 1e6
     for part in (str(tmp_path / NAME / ".prepared"), str(tmp_path / "home"), "Permission denied", f"{room:,.1f} MB", "PRVR_CACHE"):
         assert part in str(caught.value)
 
@@ -387,6 +387,25 @@ def test_a_file_that_cannot_grow_ends_with_a_clear_message(tmp_path, limit):
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 1 and last.startswith("prvr_nb.config.UserError: prepared features of tiny train cannot be stored"), errors
     assert "File too large" in last and " MB" in last and "PRVR_CACHE" in last
+    assert entries(tmp_path) == []
+    assert_same(get(tmp_path), direct(tmp_path, config()))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["tokens", "start", "frames", "omega"])
+def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch, name):
+    write(tmp_path)
+    real = prepared.EntryWriter.add
+    def add(self, tensor, rows):
+        real(self, tensor, rows)
+        if tensor == name:  # what is small waits in a buffer and fails later, when it is flushed or closed
+            self.files[name].close()
+            self.files[name] = open("/dev/full", "wb")
+            self.files[name].write(b"1234")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.EntryWriter, "add", add)
+        with pytest.raises(UserError, match="No space left on device; they take about .* MB: make room, or set PRVR_CACHE"):
+            get(tmp_path)
     assert entries(tmp_path) == []
     assert_same(get(tmp_path), direct(tmp_path, config()))
 

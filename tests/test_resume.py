@@ -1,32 +1,33 @@
 """A run that was stopped goes on as if nothing had happened: killed processes, damaged and missing files, full disks, losses that are not finite."""
 import fcntl
+import functools
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import processes
 import pytest
+import test_golden
 import torch
-from torch.testing import assert_close
 
-import prvr_nb.config
 import prvr_nb.training
 from prvr_nb.cli import train_command
 from prvr_nb.config import UserError, published_config
 from prvr_nb.corpus import corpus_paths
 from prvr_nb.distributed import DataOrder
-from prvr_nb.model import PRVRModel, load_checkpoint
+from prvr_nb.model import PRVRModel, load_checkpoint, to_released
 from prvr_nb.prepared import prepare
 from prvr_nb.resume import Progress, only_process, read_state, trim_history
 from prvr_nb.toy import write_toy
-from prvr_nb.training import BertAdam, Run, all_losses, build_run, make_optimizer, make_schedule, step_losses, train, train_epoch, update
+from prvr_nb.training import BertAdam, Run, all_losses, compile_encoders, step_losses, train, update
 
 TINY = dict(hidden=16, heads=2, epochs=3, batch=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5), lr=2e-3, seed=3, hard_negative_epoch=1)
 FILES = "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors"
@@ -146,7 +147,7 @@ def test_a_kill_at_every_write(root, whole, tmp_path, when):
 @pytest.mark.parametrize("damage", ["a line too many", "half a line", "both"])
 def test_a_history_that_is_ahead_of_the_state(root, whole, tmp_path, damage):
     out = tmp_path / "run"
-    assert interrupted(root, out, 9)
+    assert interrupted(root, out, 10)
     assert place(out) == 6 and len(history_of(out)) == 1
     with (out / "history.jsonl").open("ab") as file:
         file.write({"a line too many": b'{"epoch": 1, "loss": 3}\n', "half a line": b'{"epoch": 1, "lo', "both": b'{"epoch": 1}\n{"epoch": 2, "lo'}[damage])
@@ -206,11 +207,10 @@ def test_early_stop_and_best_score_go_on(root, tmp_path):
     settings = dict(epochs=8, patience=2, lr=1e-12)  # the first epoch stays the best
     processes.run(train_here, root, tmp_path / "whole" / "run", settings, 1e9)
     assert len(history_of(tmp_path / "whole" / "run")) == 3
-    out, where = tmp_path / "killed" / "run", 8
-    for _ in range(2):
-        assert interrupted(root, out, where, settings)
-        where = 5
-    assert len(history_of(out)) == 2
+    out = tmp_path / "killed" / "run"
+    for lines in 1, 2:
+        assert interrupted(root, out, 8, settings)  # the first file of the next epoch
+        assert len(history_of(out)) == lines and place(out) == 4 * lines
     processes.run(train_here, root, out, settings)
     assert content(out) == content(tmp_path / "whole" / "run")
 
@@ -221,7 +221,7 @@ def test_early_stop_and_best_score_go_on(root, tmp_path):
 def stopped(root, tmp_path):
     "A run that was killed in its second epoch."
     out = tmp_path / "run"
-    assert interrupted(root, out, 9)
+    assert interrupted(root, out, 10)
     return out
 
 
@@ -312,16 +312,18 @@ def test_a_file_system_without_locks(monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------- a full disk
 
-def limited(flags, size):
+def limited(flags, size, log):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     command_here(flags)
 
 
-def test_a_full_disk(stopped, root, whole, capfd):
+def test_a_full_disk(stopped, root, whole, tmp_path):
     before, size = (stopped / "last.safetensors").read_bytes(), (stopped / "last.safetensors").stat().st_size
-    process, = processes.start(limited, ["--root", str(root), "--out", str(stopped), "--resume", "--checkpoint-seconds", "0"], size - 1000)
+    process, = processes.start(limited, ["--root", str(root), "--out", str(stopped), "--resume", "--checkpoint-seconds", "0"], size - 1000, tmp_path / "log")
     process.join(60)
-    message = capfd.readouterr().err
+    message = (tmp_path / "log").read_text()
     assert process.exitcode == 1 and message.startswith("prvr_train: ") and len(message.splitlines()) == 1, message
     assert "last.safetensors cannot be used (File too large); make room and run the command again with --resume" in message
     assert (stopped / "last.safetensors").read_bytes() == before and place(stopped) == 6 and not list(stopped.glob("*.part"))
@@ -400,6 +402,99 @@ def test_nothing_but_broken_steps(root, tmp_path, monkeypatch):
         train_here(root, tmp_path / "run", dict(nonfinite="skip"))
 
 
+# ---------------------------------------------------------------- other arithmetic, the same training
+
+@pytest.fixture(scope="module")
+def held():
+    return {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).with_name("golden") / "losses.npz").items()}
+
+
+def golden_step(held, bf16=False, compiled=False):
+    "Largest difference of a loss from the released code's, relative; the same of the whole gradient's direction and length."
+    def load(name):
+        with np.load(Path(__file__).with_name("golden") / f"{name}.npz") as file:
+            return {key: torch.from_numpy(file[key]) for key in file.files}
+    _, _, settings, model, batch = test_golden.batch_and_model(load)
+    if compiled:
+        compile_encoders(model, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        e = model(batch)
+    losses = all_losses(model, type(e)(*(x.float() for x in e)), batch, settings, 0)
+    sum(losses.values()).backward()
+    gradients = to_released({name: p.grad for name, p in model.named_parameters()})
+    pairs = [(gradients[key.removeprefix("grad/")], value) for key, value in held.items() if key.startswith("grad/")]
+    ours, theirs = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs))
+    off = max(abs(losses[name].item() / held[theirs].item() - 1) for theirs, name in test_golden.TERMS.items())
+    return off, ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def test_golden_values_in_bf16(held):
+    loss, gradient = golden_step(held, bf16=True)
+    assert 1e-5 < loss < 0.01 and 1e-3 < gradient < 0.15  # bfloat16 has 8 bits: 0.4 % per rounding
+
+
+@pytest.fixture
+def eager_backend(monkeypatch):
+    "torch.compile as far as it can go without a C++ compiler: traced and differentiated as a graph, executed by PyTorch."
+    monkeypatch.setattr(prvr_nb.training.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+
+
+def test_golden_values_in_traced_encoders(held, eager_backend):
+    loss, gradient = golden_step(held, compiled=True)
+    assert loss < 1e-5 and gradient < 1e-5
+
+
+SLOW = pytest.mark.skipif(not os.environ.get("PRVR_SLOW"), reason="compiles C++ for one to three minutes; set PRVR_SLOW=1")
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+
+@SLOW
+@COMPILER
+@pytest.mark.parametrize("bf16, loss_limit, gradient_limit", [(False, 1e-5, 1e-5), (True, 0.01, 0.2)])
+def test_golden_values_in_compiled_encoders(held, bf16, loss_limit, gradient_limit):
+    torch._dynamo.reset()
+    loss, gradient = golden_step(held, bf16, compiled=True)
+    assert loss < loss_limit and gradient < gradient_limit
+
+
+def last_losses(out):
+    return history_of(out)[-1]["losses"]
+
+
+def test_runs_in_other_arithmetic_agree(root, tmp_path, eager_backend):
+    for name, settings in {"plain": {}, "compile": dict(compile=True), "bf16": dict(precision="bf16")}.items():
+        train_here(root, tmp_path / name, dict(epochs=1, lr=2e-4, drop=0., **settings), 1e9)
+    plain = last_losses(tmp_path / "plain")
+    assert last_losses(tmp_path / "compile") == pytest.approx(plain, rel=1e-4)
+    assert last_losses(tmp_path / "bf16") == pytest.approx(plain, rel=0.03) != pytest.approx(plain, rel=1e-5)
+
+
+def test_a_bf16_run_goes_on(root, tmp_path, monkeypatch):
+    settings = dict(epochs=2, precision="bf16")
+    train_here(root, tmp_path / "whole" / "run", settings, 1e9)
+    saves, save = [], prvr_nb.training.save_state
+
+    def stop(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prvr_nb.training, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(root, tmp_path / "run", settings)
+    monkeypatch.setattr(prvr_nb.training, "save_state", save)
+    train_here(root, tmp_path / "run", settings, 1e9)
+    assert content(tmp_path / "run") == content(tmp_path / "whole" / "run")
+
+
+def test_compile_without_a_compiler(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(prvr_nb.training.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="compile: no C.. compiler was found for cpu; install it or leave --compile out"):
+        train_here(root, tmp_path / "run", dict(compile=True))
+
+
 # ---------------------------------------------------------------- no waiting for the device
 
 class OnlyClips(BertAdam):
@@ -425,8 +520,7 @@ def step_without_numbers(root, monkeypatch, losses_of=all_losses, nonfinite="sto
     return progress.values
 
 
-@pytest.mark.parametrize("settings", [{}])
-def test_a_step_waits_for_nothing(root, monkeypatch, settings):
+def test_a_step_waits_for_nothing(root, monkeypatch):
     value, = step_without_numbers(root, monkeypatch)
     assert value.device.type == "meta" and value.shape == (7,)
 
