@@ -84,16 +84,17 @@ def summary(
     "Measured times in four numbers."
     return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds), "repeats": len(seconds)}
 
-# %% ../nbs/22_speed.ipynb #52a91179
+# %% ../nbs/22_speed.ipynb #ad8db821
 def measure(
     functions:dict, # name → function without arguments
     device:torch.device, # they work on
     budget:float, # seconds to spend on each, about
     most:int=50, # repeats at most
+    least:int=0, # and at least, whatever they cost
 )->dict: # name → summary
     "Times of several functions in turn, so that a machine that slows down does so for all; the first call warms up, unless one call is all that the budget allows."
     times = {name: [clocked(f, device)] for name, f in functions.items()}
-    rounds = min(most, int(budget * len(functions) / sum(t for t, in times.values())))
+    rounds = max(least, min(most, int(budget * len(functions) / sum(t for t, in times.values()))))
     if rounds: times = {name: [] for name in functions}
     for _ in range(rounds):
         for name, f in functions.items(): times[name].append(clocked(f, device))
@@ -212,7 +213,7 @@ def matrix_rate(
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     return 2 * n**3 / measure({"product": lambda: a @ a}, device, budget)["product"]["low"]
 
-# %% ../nbs/22_speed.ipynb #927346d9
+# %% ../nbs/22_speed.ipynb #41ddc4a9
 METHODS = {"baseline": dict(tcpl=False, cbva=False), "full": {}} # L_base against the whole method, on the same tokens
 
 def bench_steps(
@@ -223,8 +224,8 @@ def bench_steps(
 )->dict: # whole steps by method, parts and losses of the full method, FLOPs
     "Training steps of baseline and full method in turn."
     runs = {name: make_run(replace(config, **changes), corpus, device) for name, changes in METHODS.items()}
-    steps = measure({name: lambda run=run: one_step(run) for name, run in runs.items()}, device, budget)
-    parts = [step_parts(runs["full"]) for _ in range(max(1, min(20, int(budget / steps["full"]["median"]))))]
+    steps = measure({name: lambda run=run: one_step(run) for name, run in runs.items()}, device, budget, least=5)
+    parts = [step_parts(runs["full"]) for _ in range(max(3, min(20, int(budget / steps["full"]["median"]))))]
     return {"steps": steps, "parts": {name: summary([p[name] for p in parts]) for name in parts[0]},
             "losses": measure(loss_calls(runs["full"]), device, budget), "flops": {name: flops_of_step(run) for name, run in runs.items()} if not config.compile else None}
 
