@@ -27,7 +27,7 @@ from prvr_nb.model import PRVRModel, load_checkpoint, to_released
 from prvr_nb.prepared import prepare
 from prvr_nb.resume import Progress, only_process, read_state, trim_history
 from prvr_nb.toy import write_toy
-from prvr_nb.training import BertAdam, Run, all_losses, compile_encoders, step_losses, train, update
+from prvr_nb.training import BertAdam, Keeper, Run, all_losses, build_run, compile_encoders, step_losses, train, update
 
 TINY = dict(hidden=16, heads=2, epochs=3, batch=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5), lr=2e-3, seed=3, hard_negative_epoch=1)
 FILES = "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors"
@@ -184,6 +184,7 @@ def flags_of(config):
 
 
 def command_here(flags):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     raise SystemExit(train_command(flags))
 
 
@@ -372,6 +373,23 @@ def test_steps_are_left_out(root, tmp_path, monkeypatch, how):
     assert all(math.isfinite(x) for line in history for x in line["losses"].values())
     assert all(p.isfinite().all() for p in load_checkpoint(tmp_path / "run" / "best.safetensors").parameters())
     assert all(t.isfinite().all() for t in read_state(tmp_path / "run" / "last.safetensors")[0].values())
+
+
+def test_a_broken_state_is_never_saved(root, tmp_path):
+    "As on a GPU, where nobody has looked at the numbers before the save is due."
+    train_set, = prepare(root, config(), ("train",), quiet=True)
+    run, progress = build_run(config(), train_set, tmp_path)
+    keeper = Keeper(run, progress, tmp_path / "last.safetensors", 0.)
+    for number, value in enumerate((1., math.nan, 1.)):
+        progress.add({"clip_nce": torch.tensor(1.), "gradient": torch.tensor(value)})
+        progress.step += 1
+        if number == 0:
+            keeper.save_if_due()
+            assert place(tmp_path) == 1
+        else:
+            with pytest.raises(UserError, match="epoch 0, step 1: gradient not finite"):
+                keeper.save_if_due()
+    assert place(tmp_path) == 1
 
 
 def test_skipping_changes_nothing_when_all_is_finite(root, whole, tmp_path):
