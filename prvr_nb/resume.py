@@ -92,7 +92,7 @@ def refuse_settings(
     other = [f"{name} {value}" for name, value in asdict(stored).items() if name not in FREE and value != wanted[name]]
     if other: raise UserError(f"{source} was started with other settings ({', '.join(other)}); give those, or choose another --out")
 
-# %% ../nbs/21_interruption.ipynb #b77de37c
+# %% ../nbs/21_interruption.ipynb #8af4d124
 def load_state(
     path:Path, # last.safetensors
     model:PRVRModel, # gets the weights, on its device
@@ -109,7 +109,7 @@ def load_state(
         model.load_state_dict(part("model"))
         parameters, moments = dict(model.named_parameters()), {kind: part(kind) for kind in ("exp_avg", "exp_avg_sq")}
         for name in moments["exp_avg"]: optimizer.start(parameters[name], **{kind: t[name] for kind, t in moments.items()})
-        values = tensors["values"].to(model.token.device).unbind() if "values" in tensors else ()
+        values = tensors["values"].unbind() if "values" in tensors else ()
         return Progress(**json.loads(meta["progress"]), values=list(values))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this version or configuration ({str(error).splitlines()[-1].strip()}); {remedy}") from None

@@ -345,7 +345,7 @@ def compile_encoders(
     if not tool: raise UserError(f"compile: {'no C++ compiler' if device.type == 'cpu' else 'the package triton'} was found for {device.type}; install it or leave --compile out")
     for encoder in model.query, model.frame, model.clip: encoder.compile()
 
-# %% ../nbs/12_training.ipynb #7af3e856
+# %% ../nbs/12_training.ipynb #6061a80f
 def build_run(
     config:Config, # of the run
     train_set:Corpus, # training split
@@ -361,7 +361,8 @@ def build_run(
     order = DataOrder(len(train_set.split.videos), config.batch, config.seed, accelerator.num_processes)
     schedule = make_schedule(optimizer, config, len(order) * config.epochs, len(order) * progress.epoch + progress.step)
     if config.compile: compile_encoders(model, accelerator.device)
-    model, prepared = accelerator.prepare(model, optimizer)
+    model, prepared = accelerator.prepare(model, optimizer) # on its device, the optimiser's moments too
+    progress.values = [numbers.to(accelerator.device) for numbers in progress.values]
     return Run(model, prepared, schedule, accelerator, train_set.to(accelerator.device), order, config), progress
 
 # %% ../nbs/12_training.ipynb #2ae26424
