@@ -376,7 +376,7 @@ def bench(
     write_json(out, result)
     return result
 
-# %% ../nbs/22_speed.ipynb #17a09de9
+# %% ../nbs/22_speed.ipynb #ffab3e98
 def in_unit(
     entry:dict, # see summary
 )->str: # e.g. '12.3 ms'
@@ -397,7 +397,7 @@ def step_line(
     steps, precision = result[variant]["steps"], variant.split()[0]
     rate, flops = result["matrix_rate"][precision], result[f"{precision} eager"]["flops"]["full"]
     share = flops / steps["full"]["median"] / rate
-    return f"step, {variant:13s} baseline {in_unit(steps['baseline'])}, full {in_unit(steps['full'])} ({steps['full']['median'] / steps['baseline']['median']:.2f} times), {share:.0%} of {rate / 1e12:.2f} TFLOP/s"
+    return f"step, {variant:13s} baseline {in_unit(steps['baseline'])}, full {in_unit(steps['full'])} ({steps['full']['median'] / steps['baseline']['median']:.2f} times, {steps['full']['repeats']} repeats), {share:.0%} of {rate / 1e12:.2f} TFLOP/s"
 
 def bench_table(
     result:dict, # what bench wrote
