@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'METHODS', 'EVALUATIONS', 'random_corpus', 'commit', 'proce
            'step_memory', 'bench_evaluation', 'relu_time', 'bench_savings', 'Sizes', 'bench', 'in_unit', 'variants',
            'step_line', 'bench_table']
 
-# %% ../nbs/22_speed.ipynb #852d14b7
+# %% ../nbs/22_speed.ipynb #7da40b98
 import multiprocessing
 import os
 import platform
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .config import Config, published_config, write_json
+from .config import Config, write_json
 from .corpus import Split
 from .distributed import DataOrder
 from .encoder import dropout

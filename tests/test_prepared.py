@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch.testing import assert_close
 import prvr_nb.prepared as prepared
 from prvr_nb.config import Config, UserError, published_config
 from prvr_nb.corpus import Problems, corpus_paths, read_features, read_split
-from prvr_nb.merging import l2_normalise
 from prvr_nb.prepared import Batch, Corpus, Queries, Videos, bytes_per_video, keep_freed_memory, pack_queries, prepare, prepare_split, prepare_videos
 
 NAME, WIDTH = "tiny", 6

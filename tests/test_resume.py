@@ -33,6 +33,15 @@ TINY = dict(hidden=16, heads=2, epochs=3, batch=6, merge_schedule=(16, 12, 8), s
 FILES = "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Child processes use one thread; the sums of several differ in their last bits."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def config(**overrides):
     return published_config("toy", **{**TINY, **overrides})
 

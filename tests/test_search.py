@@ -21,7 +21,7 @@ from prvr_nb.corpus import Moment, corpus_paths, read_moments
 from prvr_nb.evaluation import embed, retrieval_ranks
 from prvr_nb.model import PRVRModel, save_checkpoint, to_released
 from prvr_nb.prepared import prepare
-from prvr_nb.search import (Embedder, Entry, Searcher, Stretch, TextEncoder, VideoIndex, build_index, check_text, clock, describe_text, find_moments, find_stretch, hits_of, inside,
+from prvr_nb.search import (Embedder, Searcher, TextEncoder, VideoIndex, build_index, check_text, clock, describe_text, find_moments, find_stretch, inside,
                             judge_moments, moment_metrics, moment_text, open_all, open_checkpoint, open_searcher, open_text, overlap, pack_moments, search, search_command, search_latency,
                             strip_text, text_encoder, token_times, top_k, toy_seed, video_bytes)
 from prvr_nb.toy import ToyWorld, sentence_features, write_toy
