@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'machine', 'check_same', 'run_row', 'run_ablation', 'read_ablation', 'mean_and_deviation', 'markdown_table',
            'paired_differences']
 
-# %% ../nbs/17_results.ipynb #cf3516df
+# %% ../nbs/17_results.ipynb #e7e0a44d
 import json
 import platform
 import tempfile
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .config import Config, UserError, make_config, published_config, write_json
+from .config import Config, UserError, differences, make_config, published_config, write_json
 from .report import COLUMNS, cell, digits_of
 from .training import train
 
@@ -37,15 +37,15 @@ def machine()->dict: # what the numbers were measured on
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__}
 
-# %% ../nbs/17_results.ipynb #d479beba
+# %% ../nbs/17_results.ipynb #450e9827
 def check_same(
     config:Config, # of the run that is wanted
     path:Path, # '*.json' of the run that is there
 ):
     "Raise UserError when a stored run is damaged or was made with other settings."
-    try: stored = asdict(make_config(json.loads(path.read_text(encoding="utf-8"))["config"], str(path))) # settings that came later have their defaults
+    try: stored = make_config(json.loads(path.read_text(encoding="utf-8"))["config"], str(path)) # settings that came later have their defaults
     except (ValueError, KeyError, TypeError): raise UserError(f"{path} is not a stored run; delete it to train it again") from None
-    other = [name for name, value in asdict(config).items() if stored[name] != value]
+    other = differences(stored, config)
     if other: raise UserError(f"{path} was made with other settings ({', '.join(other)}); choose another --out")
 
 def run_row(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'METHODS', 'EVALUATIONS', 'random_corpus', 'commit', 'processor', 'describe_machine', 'settle', 'clocked',
-           'summary', 'measure', 'bench_prepare', 'make_run', 'one_step', 'step_parts', 'loss_calls', 'flops_of_step',
-           'matrix_rate', 'bench_steps', 'extra_memory', 'in_new_process', 'tcpl_call', 'tcpl_memory', 'bench_tcpl',
-           'step_memory', 'bench_evaluation', 'relu_time', 'bench_savings', 'Sizes', 'bench', 'in_unit', 'variants',
-           'step_line', 'bench_table']
+           'summary', 'measure', 'bench_prepare', 'make_run', 'whole_batch', 'one_step', 'step_parts', 'loss_calls',
+           'flops_of_step', 'matrix_rate', 'bench_steps', 'extra_memory', 'in_new_process', 'tcpl_call', 'tcpl_memory',
+           'bench_tcpl', 'step_memory', 'bench_evaluation', 'relu_time', 'bench_savings', 'Sizes', 'bench', 'in_unit',
+           'variants', 'step_line', 'bench_table']
 
-# %% ../nbs/22_speed.ipynb #7da40b98
+# %% ../nbs/22_speed.ipynb #5093b88a
 import multiprocessing
 import os
 import platform
@@ -26,16 +26,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from .ablation import machine
 from .config import Config, write_json
 from .corpus import Split
 from .distributed import DataOrder
 from .encoder import dropout
 from .evaluation import metrics_row
 from .model import Embeddings, PRVRModel
-from .prepared import Corpus, Videos, keep_freed_memory, pack_queries, prepare_videos
+from .prepared import Batch, Corpus, Videos, keep_freed_memory, pack_queries, prepare_videos
 from .resume import Progress
 from .tcpl import tcpl_loss
 from .training import Run, all_losses, compile_encoders, make_optimizer, make_schedule, step_losses, update
@@ -59,7 +61,7 @@ def random_corpus(
     videos = videos._replace(frames=videos.frames.to(half), clips=videos.clips.to(half))
     return Corpus(Split(None, [], [f"video {i}" for i in range(n_videos)], owner), videos, queries._replace(tokens=queries.tokens.to(half)))
 
-# %% ../nbs/22_speed.ipynb #a5c90a56
+# %% ../nbs/22_speed.ipynb #0d09041e
 def commit()->str: # of the checked-out sources
     "The commit that is measured, with '-dirty' when files differ from it; 'unknown' outside a repository."
     try: return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
@@ -75,8 +77,8 @@ def describe_machine(
 )->dict: # words and numbers, without the machine's name
     "What the numbers were measured on."
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": gpu or processor(), "type": device.type, "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
+    return {**machine(), "device": gpu or processor(), "type": device.type, "cpu": processor(), "cores": os.cpu_count(),
+            "capability": torch.backends.cpu.get_cpu_capability(), "commit": commit()}
 
 # %% ../nbs/22_speed.ipynb #13351733
 def settle(
@@ -131,7 +133,7 @@ def bench_prepare(
     work = lambda: [prepare_videos(arrays[i:i + 64], config) for i in range(0, n_videos, 64)]
     return {"videos": n_videos, "width": width, **measure({"all": work}, torch.device("cpu"), budget)["all"]}
 
-# %% ../nbs/22_speed.ipynb #590f8a63
+# %% ../nbs/22_speed.ipynb #ec35c56e
 def make_run(
     config:Config, # precision, compile
     corpus:Corpus, # random
@@ -149,15 +151,20 @@ def make_run(
     model, prepared = accelerator.prepare(model.train(), optimizer)
     return Run(model, prepared, schedule, accelerator, corpus.to(device), order, config)
 
+def whole_batch(
+    run:Run, # its first videos
+)->Batch: # on its device
+    "The batch that is measured."
+    return send_to_device(run.corpus.batch(torch.arange(run.config.batch)), run.accelerator.device, non_blocking=True)
+
 def one_step(
     run:Run, # to take a step in
 ):
     "What train_epoch does for one batch."
     videos = torch.arange(run.config.batch)
-    batch = run.corpus.batch(videos)
-    update(run, step_losses(run, type(batch)(*(x.to(run.accelerator.device) for x in batch)), (videos,), Progress(epoch=run.config.hard_negative_epoch)))
+    update(run, step_losses(run, whole_batch(run), (videos,), Progress(epoch=run.config.hard_negative_epoch)))
 
-# %% ../nbs/22_speed.ipynb #62a75582
+# %% ../nbs/22_speed.ipynb #b72a7aee
 def step_parts(
     run:Run, # to take a step in
 )->dict: # part → seconds
@@ -170,8 +177,7 @@ def step_parts(
         settle(device)
         parts[name] = time.perf_counter() - start
         return result
-    batch = timed("batch", lambda: run.corpus.batch(torch.arange(run.config.batch)))
-    batch = type(batch)(*(x.to(device) for x in batch))
+    batch = timed("batch", lambda: whole_batch(run))
     e = timed("encoders", lambda: run.model(batch))
     losses = timed("losses", lambda: all_losses(model, e, batch, run.config, run.config.hard_negative_epoch))
     run.optimizer.zero_grad()
@@ -179,16 +185,14 @@ def step_parts(
     timed("optimiser", run.optimizer.step)
     return parts
 
-# %% ../nbs/22_speed.ipynb #17b5a52b
+# %% ../nbs/22_speed.ipynb #546c09bf
 LOSSES = {"retrieval": dict(tcpl=False, cbva=False), "tcpl": dict(tcpl=True, cbva=False), "cbva": dict(tcpl=False, cbva=True), "all": {}}
 
 def loss_calls(
     run:Run, # model and config
 )->dict: # name → forward and backward pass of these losses alone, from given embeddings
     "The losses without the encoders; 'tcpl' and 'cbva' include the retrieval losses, to be subtracted."
-    model, device = run.accelerator.unwrap_model(run.model), run.accelerator.device
-    batch = run.corpus.batch(torch.arange(run.config.batch))
-    batch = type(batch)(*(x.to(device) for x in batch))
+    model, batch = run.accelerator.unwrap_model(run.model), whole_batch(run)
     with torch.no_grad(): made = run.model(batch)
     e = Embeddings(*(x.float().requires_grad_() for x in made))
     call = lambda changes: sum(all_losses(model, e, batch, replace(run.config, **changes), run.config.hard_negative_epoch).values()).backward()

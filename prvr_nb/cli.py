@@ -117,7 +117,7 @@ def train_command(argv:list|None=None)->int:
         if rows: print(text_table(rows)) # one of several processes has them
     return run_command(main, parser, argv)
 
-# %% ../nbs/16_command_line.ipynb #466641cf
+# %% ../nbs/16_command_line.ipynb #bac55b19
 def start_folder(
     out:Path, # folder for metrics.json
 ):
@@ -137,13 +137,11 @@ def eval_command(argv:list|None=None)->int:
     def main(args):
         from prvr_nb.distributed import find_processes
         from prvr_nb.evaluation import evaluate, zero_shot
-        from prvr_nb.model import load_checkpoint, load_released
+        from prvr_nb.model import open_checkpoint
         from prvr_nb.prepared import prepare
         from prvr_nb.report import text_table
         if args.out: start_folder(args.out)
-        path = args.checkpoint/"best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
-        if path.suffix == ".ckpt" and not args.dataset: raise UserError(f"{path} does not say what it was trained on; add --dataset")
-        model = load_released(path, published_config(args.dataset)) if path.suffix == ".ckpt" else load_checkpoint(path)
+        model, path = open_checkpoint(args.checkpoint, args.dataset)
         corpus, = prepare(args.root, replace(model.config, dataset=args.dataset or model.config.dataset), (args.split,))
         device = find_processes().device
         rows = zero_shot(corpus, device) + [{"name": path.resolve().parent.name, **evaluate(model, corpus, device)}]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['KINDS', 'POSITIVE', 'SHARES', 'NOT_NEGATIVE', 'FOLDER_NAME', 'PUBLISHED', 'TOY', 'PAPER', 'UserError', 'option',
            'Config', 'has_kind', 'range_problems', 'schedule_problems', 'validate', 'next_length', 'paper_schedule',
-           'make_config', 'published_config', 'replace_file', 'write_json', 'read_config']
+           'make_config', 'published_config', 'replace_file', 'write_json', 'differences', 'read_config']
 
-# %% ../nbs/09_config.ipynb #ed20b771
+# %% ../nbs/09_config.ipynb #0598427f
 import json
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -234,6 +234,15 @@ def write_json(
 ):
     "Write JSON so that a reader never meets half a file."
     replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+# %% ../nbs/09_config.ipynb #74e3d606
+def differences(
+    stored:Config, # of a run that is there
+    wanted:Config, # of the run that is asked for
+)->dict: # name → stored value of every setting in which they differ
+    "In what two configurations differ."
+    wanted = asdict(wanted)
+    return {name: value for name, value in asdict(stored).items() if value != wanted[name]}
 
 # %% ../nbs/09_config.ipynb #d335a05c
 def read_config(

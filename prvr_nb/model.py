@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Embeddings', 'VideoBranch', 'initialise', 'PRVRModel', 'released_names', 'to_released', 'stack', 'from_released',
-           'build_model', 'tensor_bytes', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released']
+           'build_model', 'tensor_bytes', 'save_checkpoint', 'stored_config', 'load_checkpoint', 'load_released',
+           'open_checkpoint']
 
-# %% ../nbs/11_model.ipynb #d3efebff
+# %% ../nbs/11_model.ipynb #13f4dcc9
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .config import Config, UserError, make_config, replace_file
+from .config import Config, UserError, make_config, published_config, replace_file
 from .encoder import GaussianBlocks, InputTokens, StackedLinear
 from .prepared import Batch
 from .retrieval import QueryEncoder
@@ -202,3 +203,14 @@ def load_released(
     state = held.get("state_dict", held) if isinstance(held, dict) else held
     if not isinstance(state, dict): raise UserError(f"{path} holds a {type(state).__name__}, not a state dict; is it a checkpoint of MSC_PRVR?")
     return build_model(from_released(state, str(path)), config, str(path))
+
+# %% ../nbs/11_model.ipynb #4770676c
+def open_checkpoint(
+    path:str|Path, # a run folder, its best.safetensors, or a .ckpt of the released code
+    dataset:str|None=None, # a .ckpt does not say what it was trained on
+)->tuple: # PRVRModel, path of the file
+    "A trained model, wherever it comes from."
+    path = Path(path)/"best.safetensors" if Path(path).is_dir() else Path(path)
+    if path.suffix != ".ckpt": return load_checkpoint(path), path
+    if not dataset: raise UserError(f"{path} does not say what it was trained on; add --dataset")
+    return load_released(path, published_config(dataset)), path

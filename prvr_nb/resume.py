@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FREE', 'Progress', 'save_state', 'read_state', 'corpus_fingerprint', 'refuse_settings', 'load_state', 'trim_history',
-           'only_process']
+           'hold_folder', 'only_process']
 
-# %% ../nbs/21_interruption.ipynb #a9f29b37
+# %% ../nbs/21_interruption.ipynb #b646608e
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .config import Config, UserError, replace_file
+from .config import Config, UserError, differences, replace_file
 from .model import PRVRModel, stored_config, tensor_bytes
 from .prepared import Corpus
 
@@ -79,7 +79,7 @@ def corpus_fingerprint(
     text = "\n".join(c.id for c in corpus.split.captions) + str((corpus.videos.frames.shape[2], corpus.queries.tokens.shape[1]))
     return sha256(text.encode() + corpus.queries.start.numpy().tobytes()).hexdigest()[:16]
 
-# %% ../nbs/21_interruption.ipynb #3b9af492
+# %% ../nbs/21_interruption.ipynb #1471281e
 FREE = ("nonfinite", "compile") # settings that may change when a run goes on
 
 def refuse_settings(
@@ -88,8 +88,7 @@ def refuse_settings(
     source:Path, # where the run is
 ):
     "Raise UserError with the settings in which they differ, as the run has them."
-    wanted = asdict(config)
-    other = [f"{name} {value}" for name, value in asdict(stored).items() if name not in FREE and value != wanted[name]]
+    other = [f"{name} {value}" for name, value in differences(stored, config).items() if name not in FREE]
     if other: raise UserError(f"{source} was started with other settings ({', '.join(other)}); give those, or choose another --out")
 
 # %% ../nbs/21_interruption.ipynb #8af4d124
@@ -124,18 +123,26 @@ def trim_history(
     lines = path.read_bytes().splitlines(keepends=True)
     replace_file(path, b"".join(lines[:epochs]))
 
-# %% ../nbs/21_interruption.ipynb #836f11f5
+# %% ../nbs/21_interruption.ipynb #eb317ecd
 @contextmanager
-def only_process(
-    out:Path, # run folder, made when it is not there
+def hold_folder(
+    folder:Path, # made when it is not there
+    busy:str, # what to say when another process holds it
+    other:str, # what to choose another of when it cannot be written
 )->Iterator:
-    "Hold a run folder; raises UserError when another process trains in it or it cannot be written. The system lets go when the process ends, however it ends."
-    lock = FileLock(out/".lock", timeout=0)
+    "Hold a folder for one process; raises UserError when another holds it or it cannot be written. The system lets go when the process ends, however it ends."
+    lock = FileLock(folder/".lock", timeout=0)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout: raise UserError(f"{out} is being trained by another process; wait for it or choose another --out") from None
-    except OSError as error: raise UserError(f"{out} cannot be written ({error.strerror or error}); choose another --out") from None
+    except Timeout: raise UserError(f"{folder} is {busy}") from None
+    except OSError as error: raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another {other}") from None
     except NotImplementedError: pass # a file system without locks
     try: yield
     finally: lock.release()
+
+def only_process(
+    out:Path, # run folder
+): # a context manager
+    "Hold a run folder while training in it."
+    return hold_folder(out, "being trained by another process; wait for it or choose another --out", "--out")

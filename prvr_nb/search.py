@@ -11,12 +11,12 @@ __all__ = ['FRACTION', 'ENCODES', 'TOY_SEEDS', 'DTYPES', 'FORMAT', 'MANIFEST', '
            'only_writer', 'remove_strays', 'stored_ids', 'durations', 'Embedded', 'embedded_videos', 'write_embedded',
            'with_videos', 'compacted', 'open_all', 'places', 'resident', 'VideoIndex', 'check_text', 'build_index',
            'video_bytes', 'score_blocks', 'top_k', 'Hit', 'relevance', 'hits_of', 'check_request', 'search', 'Searcher',
-           'open_checkpoint', 'open_embedder', 'open_searcher', 'free_memory', 'random_index', 'search_latency',
-           'judge_moments', 'clock', 'moment_text', 'strip_text', 'results_text', 'result_row', 'best_device',
-           'build_action', 'add_action', 'remove_action', 'ask_action', 'moments_action', 'first_source',
-           'moments_text', 'search_parser', 'search_command']
+           'open_embedder', 'open_searcher', 'free_memory', 'random_index', 'search_latency', 'judge_moments', 'clock',
+           'moment_text', 'strip_text', 'results_text', 'result_row', 'best_device', 'build_action', 'add_action',
+           'remove_action', 'ask_action', 'moments_action', 'first_source', 'moments_text', 'search_parser',
+           'search_command']
 
-# %% ../nbs/24_search.ipynb #20ecab16
+# %% ../nbs/24_search.ipynb #4d2c2c8e
 import argparse
 import hashlib
 import json
@@ -36,7 +36,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -47,8 +46,9 @@ from .config import Config, UserError, make_config, published_config, replace_fi
 from .corpus import Problems, corpus_paths, open_features, read_captions, read_features, read_moments, read_split
 from .evaluation import ENCODED, encoder_precision, exact_matmul
 from .merging import resample_bounds
-from .model import PRVRModel, load_checkpoint, load_released
+from .model import PRVRModel, open_checkpoint
 from .prepared import STORED, Videos, in_chunks, pack_queries, pad_queries, prepare_videos
+from .resume import hold_folder
 from .retrieval import fuse, max_scores
 from .toy import ToyWorld, sentence_features
 
@@ -385,23 +385,15 @@ def write_index(
     "Replace the manifest: from now on the index is what this says."
     replace_file(folder/MANIFEST, json.dumps(about, allow_nan=False).encode())
 
-# %% ../nbs/24_search.ipynb #332bcfd9
+# %% ../nbs/24_search.ipynb #d967aa76
 @contextmanager
 def only_writer(
     folder:Path, # of an index, made when it is not there
 )->Iterator:
     "Hold an index for writing, and remove the files that a killed writer left behind; raises UserError when another process holds it."
-    lock = FileLock(folder/".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout: raise UserError(f"{folder} is being written by another process; wait for it") from None
-    except OSError as error: raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another folder") from None
-    except NotImplementedError: pass # a file system without locks
-    try:
+    with hold_folder(folder, "being written by another process; wait for it", "folder"):
         remove_strays(folder)
         yield
-    finally: lock.release()
 
 def remove_strays(
     folder:Path, # of an index, held
@@ -799,17 +791,7 @@ class Searcher:
         if not sentences: return []
         return search(self.index, self.embed(sentences), k, clip_weight, fraction)
 
-# %% ../nbs/24_search.ipynb #d5b76ec7
-def open_checkpoint(
-    path:str|Path, # a run folder, its best.safetensors, or a .ckpt of the released code
-    dataset:str|None=None, # a .ckpt does not say what it was trained on
-)->tuple: # PRVRModel, path of the file
-    "A trained model, wherever it comes from."
-    path = Path(path)/"best.safetensors" if Path(path).is_dir() else Path(path)
-    if path.suffix != ".ckpt": return load_checkpoint(path), path
-    if not dataset: raise UserError(f"{path} does not say what it was trained on; add --dataset")
-    return load_released(path, published_config(dataset)), path
-
+# %% ../nbs/24_search.ipynb #cf1e05e5
 def open_embedder(
     index:VideoIndex,
     checkpoint:str|Path|None=None, # default: where it was when the index was built

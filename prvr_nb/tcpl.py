@@ -131,7 +131,7 @@ def angle_tile(
     h = slope.mul_(student.inverse[j, None]).mul_(student.inverse[k])
     return loss, h.sum(2), h.sum(1), cosines.sum(1), h.sum(0), cosines.sum(0)
 
-# %% ../nbs/06_tcpl.ipynb #0832cb1e
+# %% ../nbs/06_tcpl.ipynb #de4fb3a6
 def tiles(
     n:int, # queries
     edge:int, # of a tile, at most
@@ -140,8 +140,6 @@ def tiles(
     edge = -(-n // -(-n // max(edge, 1)))
     cuts = [slice(start, min(start + edge, n)) for start in range(0, n, edge)]
     return [(j, k) for number, j in enumerate(cuts) for k in cuts[number:]]
-
-tiles(5, 2)
 
 # %% ../nbs/06_tcpl.ipynb #e7cac944
 def gram_gradient(

@@ -58,6 +58,18 @@ def train_here(root, out, settings, seconds=0., resume=True):
     train(config(**settings), root, out, quiet=True, resume=resume, checkpoint_seconds=seconds)
 
 
+def interrupt_after(n, monkeypatch):
+    "Ctrl-C right after the n-th save of a state."
+    saves, save = [], prvr_nb.training.save_state
+
+    def stop(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == n:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prvr_nb.training, "save_state", stop)
+
+
 def content(out):
     return {name: (out / name).read_bytes() for name in FILES}
 
@@ -408,14 +420,7 @@ def test_skipping_changes_nothing_when_all_is_finite(root, whole, tmp_path):
 
 def test_skipped_steps_survive_a_kill(root, tmp_path, monkeypatch):
     monkeypatch.setattr(prvr_nb.training, "all_losses", spoil({1}, "loss"))
-    saves, save = [], prvr_nb.training.save_state
-
-    def stop(*arguments):
-        save(*arguments)
-        saves.append(1)
-        if len(saves) == 3:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(prvr_nb.training, "save_state", stop)
+    interrupt_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_here(root, tmp_path / "run", dict(nonfinite="skip"))
     monkeypatch.undo()
@@ -501,17 +506,10 @@ def test_runs_in_other_arithmetic_agree(root, tmp_path, eager_backend):
 def test_a_bf16_run_goes_on(root, tmp_path, monkeypatch):
     settings = dict(epochs=2, precision="bf16")
     train_here(root, tmp_path / "whole" / "run", settings, 1e9)
-    saves, save = [], prvr_nb.training.save_state
-
-    def stop(*arguments):
-        save(*arguments)
-        saves.append(1)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(prvr_nb.training, "save_state", stop)
+    interrupt_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_here(root, tmp_path / "run", settings)
-    monkeypatch.setattr(prvr_nb.training, "save_state", save)
+    monkeypatch.undo()
     train_here(root, tmp_path / "run", settings, 1e9)
     assert content(tmp_path / "run") == content(tmp_path / "whole" / "run")
 
