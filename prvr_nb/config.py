@@ -25,7 +25,7 @@ def option(default, help:str, choices:tuple|None=None):
     "A configuration field with its help text and, where only some values are allowed, the choices."
     return field(default=default, metadata={"help": help, "choices": choices})
 
-# %% ../nbs/09_config.ipynb #8444d415
+# %% ../nbs/09_config.ipynb #51ac3471
 @dataclass(frozen=True)
 class Config:
     "Everything a run depends on besides the corpus and the machine; the defaults are the released code's."
@@ -57,6 +57,7 @@ class Config:
     loss_factor_frame:float = option(0.04, "weight of the frame branch's InfoNCE")
     hard_negative_epoch:int = option(20, "first epoch (from 0) whose triplets use hard negatives")
     hard_pool_size:int = option(20, "a hard negative video is drawn among this many best wrong ones")
+    pooling:str = option("max", "a video's score in a branch is that of its best token, or of the mean of its tokens (a control without partial relevance)", ("max", "mean"))
     clip_weight:float = option(0.4, "weight of the clip score at retrieval; the frame score has the rest")
     # TCPL
     tcpl:bool = option(True, "Text Correlation Preservation Learning")
@@ -87,6 +88,11 @@ class Config:
     def n_clips(self)->int:
         "Clip tokens per video, L_c."
         return self.merge_schedule[-1]
+
+    @property
+    def scored_tokens(self)->tuple:
+        "Vectors per video that a query is compared with: frames, clips."
+        return (self.n_frames, self.n_clips) if self.pooling == "max" else (1, 1)
 
     @property
     def levels(self)->tuple:
@@ -140,7 +146,7 @@ def schedule_problems(
     if not counts or min(counts) < 1: wrong.append(f"{name} {counts}: every count must be at least 1")
     return wrong
 
-# %% ../nbs/09_config.ipynb #2742dc3e
+# %% ../nbs/09_config.ipynb #ad03358d
 def validate(
     config:Config, # the configuration to look at
 ):
@@ -151,6 +157,7 @@ def validate(
     wrong += range_problems(values)
     if values.get("heads", 0) > 0 and values.get("hidden", 0) % values["heads"]:
         wrong.append(f"hidden is {config.hidden}, not a multiple of heads = {config.heads}")
+    if config.pooling == "mean" and config.cbva is True: wrong.append("pooling is mean: CBVA aligns the tokens of a video, and none are left; switch cbva off")
     if "merge_schedule" in values: wrong += schedule_problems("merge_schedule", config.merge_schedule)
     if values.get("merge_schedule") and "segment_levels" in values: wrong += schedule_problems("segment_levels", config.levels)
     if wrong: raise UserError("configuration: " + "; ".join(wrong))

@@ -73,17 +73,18 @@ def all_finite(
     "Whether no embedding holds NaN or infinity; one answer for all three tensors."
     return bool(torch.stack([x.sum() for x in e]).isfinite().all())
 
-# %% ../nbs/13_evaluation.ipynb #fc2b2584
+# %% ../nbs/13_evaluation.ipynb #a14b0cda
 ENCODED = {"cpu": 8, "cuda": 128} # videos encoded at once: what stays in a cache, what fills a GPU
 
 def empty_embeddings(
-    corpus:Corpus, # sizes
-    d:int, # model width
+    corpus:Corpus, # how many queries and videos
+    config:Config, # tokens per video, model width
     device:torch.device, # where they shall lie
 )->Embeddings: # float32, not yet filled
     "Room for the embeddings of a split."
-    shapes = corpus.queries.video.shape, corpus.videos.frames.shape[:2], corpus.videos.clips.shape[:2]
-    return Embeddings(*(torch.empty(*shape, d, device=device) for shape in shapes))
+    videos = len(corpus.videos.frames)
+    shapes = corpus.queries.video.shape, *((videos, tokens) for tokens in config.scored_tokens)
+    return Embeddings(*(torch.empty(*shape, config.hidden, device=device) for shape in shapes))
 
 # %% ../nbs/13_evaluation.ipynb #ca74bb91
 def embed_videos(
@@ -110,7 +111,7 @@ def embed_queries(
         tokens, mask, _ = (x.to(e.queries.device) for x in pad_queries(corpus.queries, which))
         e.queries[which.to(e.queries.device)] = F.normalize(model.query(tokens, mask).float(), dim=-1)
 
-# %% ../nbs/13_evaluation.ipynb #a69383fa
+# %% ../nbs/13_evaluation.ipynb #da0a98bb
 @torch.no_grad()
 def embed(
     model:PRVRModel, # trained or not
@@ -124,7 +125,7 @@ def embed(
     block = block or ENCODED.get(device.type, 8)
     was_training = model.training
     model.to(device).eval()
-    e = empty_embeddings(corpus, model.config.hidden, device)
+    e = empty_embeddings(corpus, model.config, device)
     with encoder_precision(model.config, device):
         embed_videos(model, corpus, e, block)
         embed_queries(model, corpus, e, 8 * block)

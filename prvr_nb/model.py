@@ -54,7 +54,7 @@ def initialise(
     if isinstance(module, (nn.Linear, nn.Embedding, StackedLinear)): nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, (nn.Linear, StackedLinear)) and module.bias is not None: nn.init.zeros_(module.bias)
 
-# %% ../nbs/11_model.ipynb #865096ef
+# %% ../nbs/11_model.ipynb #a3169e34
 class PRVRModel(nn.Module):
     "Query encoder, frame branch and clip branch; the projection is used by CBVA alone."
     def __init__(self,
@@ -71,8 +71,9 @@ class PRVRModel(nn.Module):
         self.token, self.project = nn.Parameter(torch.randn(1, 1, d)), nn.Linear(d, d)
         self.apply(initialise)
 
-    def encode_videos(self, frames, clips, sizes): # (B, L_f, D_v), (B, L_c, D_v), (B, L_c) → (B, L_f, d), (B, L_c, d)
-        return self.frame(frames, self.token), self.clip(clips, self.token, sizes)
+    def encode_videos(self, frames, clips, sizes): # (B, L_f, D_v), (B, L_c, D_v), (B, L_c) → (B, L_f, d), (B, L_c, d); one token each with pooling='mean'
+        tokens = self.frame(frames, self.token), self.clip(clips, self.token, sizes)
+        return tokens if self.config.pooling == "max" else tuple(x.mean(1, keepdim=True) for x in tokens)
 
     def forward(self, batch:Batch)->Embeddings:
         "Encode a batch."

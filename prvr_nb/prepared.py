@@ -137,7 +137,7 @@ def queries_of(
     within = torch.arange(len(place)) - (count.cumsum(0) - count)[place] # 0, 1, … in each video
     return queries.order[first[place] + within], place
 
-# %% ../nbs/10_prepared.ipynb #c5e0e0e8
+# %% ../nbs/10_prepared.ipynb #e58ad7bb
 RESERVE = 10 * 2**30 # bytes of a GPU that a resident corpus leaves free; the paper's training takes 9,755 MB (published)
 
 class Corpus(NamedTuple):
@@ -160,6 +160,18 @@ class Corpus(NamedTuple):
         device = self.videos.frames.device
         here = which.to(device, non_blocking=True)
         return Batch(*(x.index_select(0, here) for x in self.videos[:5]), *pad_queries(self.queries, query), place.to(device, non_blocking=True))
+
+    def select(self,
+        which:Iterable, # indices of videos, each once
+    )->"Corpus": # in memory
+        "Some of the videos, with their queries, as a corpus of its own."
+        which = torch.as_tensor(list(which))
+        query, place = queries_of(self.queries, which)
+        tokens, mask, _ = pad_queries(self.queries, query)
+        s = self.split
+        split = s._replace(captions=[s.captions[q] for q in query.tolist()], videos=[s.videos[v] for v in which.tolist()], query_video=place.numpy())
+        start = torch.cat([query.new_zeros(1), mask.sum(1).cumsum(0).cpu()])
+        return Corpus(split, Videos(*(x[which] for x in self.videos)), index_queries(tokens[mask], start, split.query_video))
 
     def to(self,
         device:str|torch.device, # where the model is
