@@ -13,6 +13,7 @@ _MODULE_OF = {
     "PRVRModel": "model", "load_checkpoint": "model", "save_checkpoint": "model", "load_released": "model", "from_released": "model", "to_released": "model",
     "embed": "evaluation", "evaluate": "evaluation", "zero_shot": "evaluation",
     "train": "training", "write_toy": "toy",
+    "VideoIndex": "search", "build_index": "search", "open_searcher": "search", "SearchPanel": "panel",
 }
 __all__ = list(_MODULE_OF)
 
