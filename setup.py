@@ -21,6 +21,6 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "download": cfg["download_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("download", "app", "docs", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

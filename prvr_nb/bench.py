@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'METHODS', 'EVALUATIONS', 'random_corpus', 'commit', 'proce
            'bench_tcpl', 'step_memory', 'bench_evaluation', 'relu_time', 'bench_savings', 'Sizes', 'bench', 'in_unit',
            'variants', 'step_line', 'bench_table']
 
-# %% ../nbs/22_speed.ipynb #5093b88a
+# %% ../nbs/22_speed.ipynb #59a49a15
 import multiprocessing
 import os
 import platform
@@ -30,7 +30,7 @@ from accelerate.utils import send_to_device
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from .ablation import machine
+from .experiments import machine
 from .config import Config, write_json
 from .corpus import Split
 from .distributed import DataOrder

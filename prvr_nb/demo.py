@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RUNS', 'fresh_folder', 'run_demo']
 
-# %% ../nbs/19_demo.ipynb #625a2a77
+# %% ../nbs/19_demo.ipynb #29a2d423
 import json
 import shutil
 from pathlib import Path
 
 from accelerate import PartialState
 
-from .ablation import ROWS
+from .experiments import ROWS
 from .config import UserError, published_config, write_json
 from .evaluation import embed, teacher_embeddings
 from .model import load_checkpoint

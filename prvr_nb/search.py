@@ -13,10 +13,10 @@ __all__ = ['FRACTION', 'ENCODES', 'TOY_SEEDS', 'DTYPES', 'FORMAT', 'MANIFEST', '
            'video_bytes', 'score_blocks', 'top_k', 'Hit', 'relevance', 'hits_of', 'check_request', 'search', 'Searcher',
            'open_embedder', 'open_searcher', 'free_memory', 'random_index', 'search_latency', 'judge_moments', 'clock',
            'moment_text', 'strip_text', 'results_text', 'result_row', 'best_device', 'build_action', 'add_action',
-           'remove_action', 'ask_action', 'moments_action', 'first_source', 'moments_text', 'search_parser',
-           'search_command']
+           'remove_action', 'ask_action', 'moments_action', 'latency_action', 'first_source', 'moments_text',
+           'search_parser', 'search_command']
 
-# %% ../nbs/24_search.ipynb #4d2c2c8e
+# %% ../nbs/24_search.ipynb #d9e33de4
 import argparse
 import hashlib
 import json
@@ -42,7 +42,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cli import run_command
-from .config import Config, UserError, make_config, published_config, replace_file
+from .config import Config, UserError, make_config, published_config, replace_file, write_json
 from .corpus import Problems, corpus_paths, open_features, read_captions, read_features, read_moments, read_split
 from .evaluation import ENCODED, encoder_precision, exact_matmul
 from .merging import resample_bounds
@@ -174,7 +174,7 @@ def model_fingerprint(
         digest.update(weight.detach().cpu().contiguous().numpy().data.cast("B"))
     return digest.hexdigest()[:16]
 
-# %% ../nbs/24_search.ipynb #c0c74f29
+# %% ../nbs/24_search.ipynb #a2562ebc
 class Embedder:
     "A trained model, or the teacher's own features, as two functions from features to embeddings of length 1."
     def __init__(self,
@@ -182,6 +182,7 @@ class Embedder:
         config:Config|None=None, # how videos are prepared; default: the model's
         device:str|torch.device="cpu", # where to compute
     ):
+        if model and model.config.pooling == "mean": raise UserError("the model was trained with pooling = mean: one vector per video has no moments; search with a model that has pooling = max")
         self.device = torch.device(device)
         self.model, self.config = model and model.to(self.device).eval(), config or model.config
 
@@ -941,7 +942,7 @@ def result_row(
     return {"id": hit.id, "title": hit.title, "score": hit.score, "share": {"start": hit.start, "end": hit.end, "peak": hit.peak}, "seconds": seconds, "duration": hit.duration,
             "relevance": [round(x, 4) for x in hit.curve.tolist()]}
 
-# %% ../nbs/24_search.ipynb #2adaf626
+# %% ../nbs/24_search.ipynb #4a40da48
 def best_device()->str:
     "The GPU if there is one."
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -978,7 +979,18 @@ def moments_action(args:argparse.Namespace)->str:
     "prvr_search moments."
     index = VideoIndex(args.index, best_device())
     root, dataset = first_source(index)
-    return moments_text(judge_moments(index, open_embedder(index, args.checkpoint), args.root or root, args.dataset or dataset, args.split, fraction=args.fraction))
+    root, dataset = args.root or root, args.dataset or dataset
+    numbers = judge_moments(index, open_embedder(index, args.checkpoint), root, dataset, args.split, fraction=args.fraction)
+    if args.out: write_json(args.out, {"dataset": dataset, "split": args.split, "kind": index.about["kind"], "config": index.about["config"], "fraction": args.fraction, **numbers})
+    return moments_text(numbers)
+
+def latency_action(args:argparse.Namespace)->str:
+    "prvr_search latency."
+    from prvr_nb.bench import describe_machine
+    device = best_device()
+    rows = [search_latency(n, device, dtype, budget=args.budget) for dtype in DTYPES for n in args.videos]
+    if args.out: write_json(args.out, {"machine": describe_machine(torch.device(device)), "rows": rows})
+    return "\n".join(f"{row['videos']:7,} videos, {row['dtype']}, {row['bytes'] / 1e6:9,.0f} MB: {1000 * row['median']:9,.1f} ms" for row in rows)
 
 # %% ../nbs/24_search.ipynb #b1f12ad3
 def first_source(
@@ -996,8 +1008,8 @@ def moments_text(
     number = lambda x: "–" if x is None else x if isinstance(x, str) else f"{x:.1f}"
     return "\n".join([f"{numbers['queries']:,} queries with annotated moments, in percent"] + [f"{name:26}{number(hit):>10}{number(iou):>8}" for name, hit, iou in rows])
 
-# %% ../nbs/24_search.ipynb #d1b22214
-ACTIONS = {"build": build_action, "add": add_action, "remove": remove_action, "ask": ask_action, "moments": moments_action}
+# %% ../nbs/24_search.ipynb #de8fe3a0
+ACTIONS = {"build": build_action, "add": add_action, "remove": remove_action, "ask": ask_action, "moments": moments_action, "latency": latency_action}
 
 def search_parser()->argparse.ArgumentParser:
     "The command line of prvr_search."
@@ -1006,6 +1018,10 @@ def search_parser()->argparse.ArgumentParser:
     add = lambda name, help: actions.add_parser(name, help=help, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     build, more, less = add("build", "make an index"), add("add", "add videos that an index lacks"), add("remove", "forget videos")
     ask, moments = add("ask", "search (the word may be left out)"), add("moments", "compare the moments that are found with annotated ones")
+    latency = add("latency", "time of a search among random videos on this machine")
+    latency.add_argument("--videos", type=int, nargs="+", default=[474, 5_000, 50_000], help="sizes of the index")
+    latency.add_argument("--budget", type=float, default=5., help="seconds to spend on each, about")
+    for action in moments, latency: action.add_argument("--out", type=Path, help="JSON file to write")
     for action in build, more, less, ask, moments: action.add_argument("--index", required=True, type=Path, help="folder of the index")
     by = build.add_mutually_exclusive_group(required=True)
     by.add_argument("--checkpoint", type=Path, help="a run folder, its best.safetensors, or a .ckpt of the released code")

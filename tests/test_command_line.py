@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from prvr_nb.cli import ablation_command, data_command, demo_command, eval_command, train_command
+from prvr_nb.cli import data_command, demo_command, eval_command, train_command
 from prvr_nb.config import Config, published_config
 from prvr_nb.corpus import corpus_paths
 from prvr_nb.model import PRVRModel, to_released
@@ -232,25 +232,11 @@ def test_demo_keeps_the_old_one_when_a_setting_is_wrong(tmp_path, capsys):
     assert demo_command(flags) == 0 and (tmp_path / "demo" / "mine.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command, flag", [(demo_command, "--dataset=toy"), (demo_command, "--no-tcpl"), (ablation_command, "--seed=3"), (ablation_command, "--no-tcpl")])
+@pytest.mark.parametrize("command, flag", [(demo_command, "--dataset=toy"), (demo_command, "--no-tcpl")])
 def test_what_a_command_decides_itself_is_no_flag(command, flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command(["--root", str(tmp_path), "--out", str(tmp_path / "out"), flag])
     assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
-
-
-def test_ablation_continues_and_refuses_other_settings(root, tmp_path, capsys):
-    flags = ["--root", str(root), "--out", str(tmp_path), "--seeds", "1", *SMALL]
-    assert ablation_command(flags) == 0
-    stored = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
-    assert len(stored) == 5
-    assert [json.loads(p.read_text())["config"]["tcpl"] for p in sorted(tmp_path.glob("*.json"))] == [False, True, True, True, True]
-    (tmp_path / "row4_seed0.json").unlink()
-    assert ablation_command(flags) == 0  # only the missing run is made
-    assert {p.name for p in tmp_path.glob("*.json") if p.stat().st_mtime_ns != stored[p.name]} == {"row4_seed0.json"}
-    assert ablation_command([*flags, "--lr", "1e-3"]) == 1 and "other settings (lr)" in capsys.readouterr().err
-    (tmp_path / "row0_seed0.json").write_text("{")
-    assert ablation_command(flags) == 1 and "row0_seed0.json is not a stored run" in capsys.readouterr().err
 
 
 def test_a_corpus_without_anything_to_correlate_gives_valid_json(tmp_path):

@@ -581,6 +581,19 @@ def run(root, embedder, tmp_path_factory):
     return folder
 
 
+def test_measurements_are_kept_in_files(run, root, tmp_path, capsys):
+    folder = tmp_path / "index"
+    assert said(capsys, "build", "--checkpoint", run, "--root", root, "--index", folder, "--split", "val")[0] == 0
+    status, out, _ = said(capsys, "moments", "--index", folder, "--out", tmp_path / "moments.json")
+    kept = json.loads((tmp_path / "moments.json").read_text())
+    assert status == 0 and f"{kept['hit']:.1f}" in out and (kept["dataset"], kept["split"], kept["kind"]) == ("toy", "val", "model")
+    status, out, _ = said(capsys, "latency", "--videos", "3", "20", "--budget", "0.1", "--out", tmp_path / "latency.json")
+    kept = json.loads((tmp_path / "latency.json").read_text())
+    assert status == 0 and [(row["videos"], row["dtype"]) for row in kept["rows"]] == [(3, "fp16"), (20, "fp16"), (3, "fp32"), (20, "fp32")]
+    assert all(row["low"] <= row["median"] <= row["high"] and row["bytes"] == row["videos"] * module.video_bytes(dtype=row["dtype"]) for row in kept["rows"])
+    assert len(out.splitlines()) == 4 and kept["machine"]["torch"] == torch.__version__
+
+
 def said(capsys, *argv):
     status = search_command([str(a) for a in argv])
     return status, *capsys.readouterr()

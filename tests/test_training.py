@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from prvr_nb.ablation import ROWS
+from prvr_nb.experiments import ROWS
 from prvr_nb.config import (PAPER, PUBLISHED, Config, UserError, make_config, next_length, paper_schedule, published_config,
                             read_config, schedule_problems, write_json)
 from prvr_nb.distributed import DataOrder, step_seed
