@@ -8,7 +8,7 @@ __all__ = ['BASE', 'ROWS', 'CONTROLS', 'HELD_OUT', 'EXPERIMENTS', 'centred', 'me
            'describe_queries', 'untrained_rows', 'write_corpus_facts', 'ablation_rows', 'sensitivity_rows',
            'choice_rows', 'run_experiment']
 
-# %% ../nbs/26_experiments.ipynb #8d2eb430
+# %% ../nbs/26_experiments.ipynb #c8f75182
 import json
 import platform
 import re
@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor

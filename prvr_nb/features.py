@@ -214,7 +214,7 @@ def frame_at(
             shown = last_until(decoded(container, stream, {}), target, first if back is None else None)
             if shown is not None: return upright(shown)
 
-# %% ../nbs/23_features.ipynb #1fdf64bf
+# %% ../nbs/23_features.ipynb #d19b7525
 DEFAULT_MODEL = "openai/clip-vit-large-patch14"
 
 class Encoder(NamedTuple):
@@ -237,6 +237,7 @@ def load_encoder(
         parts = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name, backend="pil")
     except Exception as error: # whatever a hub, a file system and a configuration can raise
         raise UserError(f"model {name} cannot be loaded ({reason(error)}); give the name of a CLIP or SigLIP model on the Hugging Face hub (its first use needs the internet) or the folder of a saved one") from None
+    if Path(name).is_dir(): name = str(Path(name).resolve()) # a search from another folder must find it, too
     encoder = Encoder(name, parts[0].eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32), *parts[1:])
     check_encoder(encoder)
     return encoder

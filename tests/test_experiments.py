@@ -172,6 +172,7 @@ def test_the_epoch_is_chosen_on_held_out_videos(root, tmp_path):
     curve = [line["sum_r"] for line in run["history"]]
     assert run["best_epoch"] == int(np.argmax(curve)) and abs(max(curve) - run["selection"]["sum_r"]) < 1e-3
     assert make_config(run["config"], "x") == config and len(run["ranks"]) == len(open_splits(root, config, 0.25).val.split.captions)
+    assert all(line["r5"] == 100 for line in run["history"]) and run["val"]["r5"] < 100  # four held-out videos; eight reported ones
     assert "selection" in run and run["held_out"] == 0.25 and "spearman" in run["history"][0]
 
 

@@ -290,6 +290,11 @@ def test_bfloat16_is_close_and_has_the_same_fingerprint(clip, model):
     assert fingerprint(half) == fingerprint(clip)
 
 
+def test_a_model_folder_is_remembered_from_everywhere(model, monkeypatch):
+    monkeypatch.chdir(Path(model).parent)
+    assert load_encoder(Path(model).name, "cpu").name == str(Path(model).resolve())  # a search may start in another folder
+
+
 def test_fingerprints_differ_between_models_only(clip, model, tmp_path):
     copy = load_encoder(shutil.copytree(model, tmp_path / "copy"), "cpu")
     other = load_encoder(write_tiny_clip(tmp_path / "other", SENTENCES, seed=1), "cpu")
