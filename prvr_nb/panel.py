@@ -7,7 +7,7 @@ __all__ = ['QUICK_RUNS', 'N_TRAIN', 'N_VAL', 'DEMO', 'THUMB', 'STYLE', 'CLIP_SEC
            'REMEMBERED', 'INTRODUCTION', 'DEMO_NOTE', 'demo_corpus', 'demo_index', 'demo_indexes', 'open_searchers',
            'demo_searchers', 'find_events', 'plain', 'Collection', 'jpeg', 'frame_jpeg', 'best_frame', 'image_html',
            'events_html', 'strip_html', 'peak_text', 'said_there', 'Card', 'card_html', 'Answer', 'rank_of', 'Library',
-           'answer', 'weight_text', 'head_html', 'legend_html', 'column_html', 'results_html', 'any_drawn', 'since',
+           'answer', 'weight_text', 'head_html', 'legend_html', 'column_html', 'results_html', 'all_cards', 'since',
            'frames_from', 'fitted', 'cut_clip', 'check_query', 'suggestions', 'close_all', 'named', 'player',
            'SearchPanel', 'silence', 'page', 'write_page', 'index_names', 'check_port', 'serve', 'app_command',
            'check_app']
@@ -428,18 +428,19 @@ svg.prvr-thumb .prvr-peak{stroke:#000;stroke-width:3}
 .prvr-legend polyline{fill:none;stroke:currentColor;stroke-width:1.5}
 </style>"""
 
-# %% ../nbs/25_panel.ipynb #10e27300
+# %% ../nbs/25_panel.ipynb #8be42cd7
 def legend_html(
-    drawn:bool, # whether events are drawn for want of pictures
+    cards:list, # of Card: those that are shown
 )->str: # a fragment
-    "What the marks in a card mean."
+    "What the marks in these cards mean."
     marks = [('<polyline points="0,9 6,7 11,2 16,3 22,8"/>', "relevance of each part of the video"), ('<rect class="prvr-moment" width="22" height="11"/>', "the moment that was found"),
-             ('<line class="prvr-peak" x1="11" x2="11" y1="0" y2="11"/>', "its best frame"), ('<rect class="prvr-truth" y="4" width="22" height="4"/>', "annotated moment of the caption")]
+             ('<line class="prvr-peak" x1="11" x2="11" y1="0" y2="11"/>', "its best frame")]
+    marks += [('<rect class="prvr-truth" y="4" width="22" height="4"/>', "annotated moment of the caption")] * any(card.truth for card in cards)
     blocks = "".join(f'<rect x="{7.4 * i:.1f}" width="7.4" height="11" fill="{colour_of(i)}"/>' for i in range(3))
-    marks += [(blocks, "events, cut where the features change; colours are counted afresh in each video")] * drawn
+    marks += [(blocks, "events, cut where the features change; colours are counted afresh in each video")] * any(card.picture.startswith("<svg") for card in cards)
     return '<div class="prvr-legend">' + "".join(f'<span><svg viewBox="0 0 22 11" aria-hidden="true">{mark}</svg>{meaning}</span>' for mark, meaning in marks) + "</div>"
 
-# %% ../nbs/25_panel.ipynb #b58907de
+# %% ../nbs/25_panel.ipynb #9f438576
 def column_html(
     name:str, # of the method
     answer:Answer,
@@ -455,13 +456,13 @@ def results_html(
 )->str: # a page's fragment
     "What the panel shows, as text that can be stored."
     columns = "".join(column_html(name, found, clips[name]) for name, found in answers.items())
-    return f'{STYLE}<div class="prvr-panel">{legend_html(any_drawn(answers))}<div class="prvr-columns">{columns}</div></div>'
+    return f'{STYLE}<div class="prvr-panel">{legend_html(all_cards(answers))}<div class="prvr-columns">{columns}</div></div>'
 
-def any_drawn(
+def all_cards(
     answers:dict, # name of a method → Answer
-)->bool:
-    "Whether a card shows events instead of a picture."
-    return any(card.picture.startswith("<svg") for found in answers.values() for card in found.cards)
+)->list: # of Card
+    "The cards of all methods."
+    return [card for found in answers.values() for card in found.cards]
 
 # %% ../nbs/25_panel.ipynb #e996eb8d
 CLIP_SECONDS, CLIP_SIDE, CLIP_RATE = 20., 480, 25 # a clip that a card plays: its length, its longer side in pixels, its frames per second
@@ -587,7 +588,7 @@ def player(
     button.on_click(play)
     return box
 
-# %% ../nbs/25_panel.ipynb #2bcf77fa
+# %% ../nbs/25_panel.ipynb #a47db6fa
 class SearchPanel:
     "A query box, one column of results per method, and the weight of the clip score."
     def __init__(self,
@@ -614,7 +615,7 @@ class SearchPanel:
                                             layout={"flex": "1 1 320px", "width": "auto", "min_width": "220px"}), "prvr-query")
         self.button = named(widgets.Button(description="Search", icon="search", button_style="primary", layout={"width": "auto"}), "prvr-search")
         self.earlier = named(widgets.Dropdown(options=[("Earlier queries", "")], tooltip="earlier queries", layout={"width": "180px"}), "prvr-history")
-        self.weight = named(widgets.FloatSlider(start, min=0., max=1., step=0.05, description="Clip weight", continuous_update=False, readout_format=".2f", disabled=not any(map(self.has_clips, self.searchers))), "prvr-weight")
+        self.weight = named(widgets.FloatSlider(start, min=0., max=1., step=0.05, description="Clip weight", continuous_update=False, readout_format=".2f"), "prvr-weight")
         self.k = named(widgets.BoundedIntText(k, min=1, max=50, description="Results", layout={"width": "150px"}), "prvr-k")
         self.shown = {name: named(widgets.Checkbox(True, description=name, indent=False, layout={"width": "auto"}), "prvr-show") for name in self.searchers}
         self.query.observe(lambda change: self.respond(change.new), "value")
@@ -625,7 +626,7 @@ class SearchPanel:
     def make_layout(self)->Any: # of ipywidgets
         "Where everything stands."
         self.status, self.legend, self.columns = named(widgets.HTML(), "prvr-status"), widgets.HTML(), named(widgets.Box(self.examples()), "prvr-columns")
-        rows = [[self.query, self.button, self.earlier], [self.weight, self.k, *(self.shown.values() if len(self.shown) > 1 else ())]]
+        rows = [[self.query, self.button, self.earlier], [*([self.weight] if any(map(self.has_clips, self.searchers)) else ()), self.k, *(self.shown.values() if len(self.shown) > 1 else ())]]
         self.say(f"{len(next(iter(self.searchers.values())).index):,} videos. Write a sentence about one moment of a video{', or take one of these' * bool(self.ideas)}.")
         return named(widgets.VBox([widgets.HTML(STYLE), *(named(widgets.Box(row), "prvr-controls") for row in rows), self.status, self.legend, self.columns]), "prvr-panel")
 
@@ -677,7 +678,7 @@ class SearchPanel:
 
     def show(self):
         "Put the answers into columns."
-        old, self.legend.value = self.columns.children, legend_html(any_drawn(self.answers))
+        old, self.legend.value = self.columns.children, legend_html(all_cards(self.answers))
         self.columns.children = [self.column(name, found) for name, found in self.answers.items()]
         for widget in old: close_all(widget)
 

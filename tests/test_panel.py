@@ -191,6 +191,20 @@ def test_every_control_can_be_found(panel):
     assert "application/vnd.jupyter.widget-view+json" in panel._repr_mimebundle_()
 
 
+def classes(widget):
+    return {name for child in getattr(widget, "children", ()) for name in {*child._dom_classes, *classes(child)}}
+
+
+def test_what_has_no_meaning_is_not_shown(searchers):
+    frames_only = SearchPanel({"zero-shot CLIP": searchers["zero-shot CLIP"]}, k=2)
+    assert "prvr-weight" in classes(SearchPanel(searchers).widget) and "prvr-weight" not in classes(frames_only.widget)  # no clips, nothing to weigh
+    frames_only.ask("something that no caption says")
+    assert "annotated moment" not in frames_only.legend.value and "its best frame" in frames_only.legend.value
+    frames_only.ask(frames_only.ideas[0])
+    marked = any(card.truth for card in frames_only.answers["zero-shot CLIP"].cards)
+    assert ("annotated moment" in frames_only.legend.value) == marked
+
+
 def test_the_weight_ranks_again_without_encoding_again(panel, searchers, monkeypatch):
     panel.ask("a man opens the fridge")
     for searcher in searchers.values(): monkeypatch.setattr(searcher, "embed", None)
