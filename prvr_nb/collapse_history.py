@@ -7,7 +7,7 @@ __all__ = ['KINDS_OF_PAIRS', 'NEAREST', 'RECORDED', 'write_recording', 'read_rec
            'choose_videos', 'pair_means', 'nearest', 'neighbour_shares', 'centred_gap', 'as_int8', 'look', 'epochs_of',
            'watch', 'watch_teacher', 'sentences_of', 'record', 'record_once', 'collapse_command']
 
-# %% ../nbs/27_collapse.ipynb #3ba4d326
+# %% ../nbs/27_collapse.ipynb #1ec9bf0e
 import argparse
 import io
 import json
@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cli import ROW_SWITCHES, add_config_flags, given_settings, run_command
-from .config import Config, UserError, differences, make_config, published_config, replace_file
+from .config import Config, UserError, published_config, replace_file
 from .evaluation import collapse, embed, group_sums, metrics_row, teacher_correlation, teacher_features
-from .experiments import HELD_OUT, ROWS, machine, open_splits, write_run
+from .experiments import HELD_OUT, ROWS, machine, open_splits, refuse_other_settings, write_run
 from .model import PRVRModel
 from .prepared import Corpus, queries_of
 from .toy import EVENTS
@@ -247,7 +247,7 @@ def record(
     if config.dataset == "toy": facts["sentences"] = sentences_of(val_set, arrays) # only these are ours to pass on
     return facts, arrays
 
-# %% ../nbs/27_collapse.ipynb #d60e3233
+# %% ../nbs/27_collapse.ipynb #6481c05d
 RECORDED = {"baseline": ROWS["L_base"], "full": ROWS["+ adaptive (full)"]}
 
 def record_once(
@@ -257,10 +257,7 @@ def record_once(
     quiet:bool=False, # no progress bar
 ):
     "Record a run, unless it is there already; raises UserError when what is there was made with other settings."
-    if path.exists():
-        stored = make_config(read_recording(path)[0].get("config"), str(path))
-        if other := differences(stored, config): raise UserError(f"{path} was made with other settings ({', '.join(other)}); choose another --out")
-        return
+    if path.exists(): return refuse_other_settings(path, read_recording(path)[0].get("config"), config)
     splits = open_splits(root, config, HELD_OUT)
     write_recording(path, *record(config, splits.train, splits.val, quiet))
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASE', 'ROWS', 'CONTROLS', 'HELD_OUT', 'EXPERIMENTS', 'centred', 'merge_lengths', 'sensitivity_settings', 'Splits',
-           'hold_out', 'open_splits', 'machine', 'rounded', 'write_run', 'read_stored', 'check_same', 'run_once',
-           'describe_queries', 'untrained_rows', 'write_corpus_facts', 'ablation_rows', 'sensitivity_rows',
-           'choice_rows', 'run_experiment']
+           'hold_out', 'open_splits', 'machine', 'rounded', 'write_run', 'read_stored', 'refuse_other_settings',
+           'check_same', 'run_once', 'describe_queries', 'untrained_rows', 'write_corpus_facts', 'ablation_rows',
+           'sensitivity_rows', 'choice_rows', 'run_experiment']
 
 # %% ../nbs/26_experiments.ipynb #c8f75182
 import json
@@ -132,7 +132,7 @@ def write_run(
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rounded(value), allow_nan=False)}" for key, value in facts.items())
     replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
-# %% ../nbs/26_experiments.ipynb #7afdffbb
+# %% ../nbs/26_experiments.ipynb #4903c563
 def read_stored(
     path:Path, # '*.json' of a run
 )->dict:
@@ -142,6 +142,16 @@ def read_stored(
     if not isinstance(run, dict) or not {"config", "row", "seed", "val", "ranks", "history"} <= run.keys(): raise UserError(f"{path} is not a stored run; delete it to train it again")
     return run
 
+def refuse_other_settings(
+    path:Path, # of what is there
+    values:dict, # its configuration, as stored
+    config:Config, # that is wanted
+    *also:str, # what else differs
+):
+    "Raise UserError when what is there was made with other settings."
+    stored = make_config(values, str(path)) # settings that came later have their defaults
+    if other := [*differences(stored, config), *also]: raise UserError(f"{path} was made with other settings ({', '.join(other)}); choose another --out")
+
 def check_same(
     config:Config, # of the run that is wanted
     share:float, # of the training videos held out
@@ -149,9 +159,7 @@ def check_same(
 ):
     "Raise UserError when a stored run is damaged or was made with other settings."
     run = read_stored(path)
-    stored = make_config(run["config"], str(path)) # settings that came later have their defaults
-    other = [*differences(stored, config), *(["held out share"] if run["held_out"] != share else [])]
-    if other: raise UserError(f"{path} was made with other settings ({', '.join(other)}); choose another --out")
+    refuse_other_settings(path, run["config"], config, *["held out share"] * (run["held_out"] != share))
 
 # %% ../nbs/26_experiments.ipynb #738eeea5
 def run_once(

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from prvr_nb.cli import experiment_command
 from prvr_nb.config import UserError, make_config, published_config
 from prvr_nb.evaluation import embed, retrieval_ranks, teacher_embeddings
-from prvr_nb.experiments import (BASE, CONTROLS, EXPERIMENTS, ROWS, centred, describe_queries, hold_out, merge_lengths, open_splits, read_stored, run_experiment,
+from prvr_nb.experiments import (BASE, CONTROLS, EXPERIMENTS, HELD_OUT, ROWS, centred, describe_queries, hold_out, merge_lengths, open_splits, read_stored, run_experiment,
                                  run_once, sensitivity_settings, untrained_rows)
 from prvr_nb.metrics import retrieval_metrics
 from prvr_nb.model import PRVRModel
@@ -218,6 +218,14 @@ def test_the_command_continues_and_refuses_other_settings(root, tmp_path, capsys
     assert experiment_command([*flags, "--held-out", "0.5"]) == 1 and "held out share" in capsys.readouterr().err
     (tmp_path / "row0_seed0.json").write_text("{")
     assert experiment_command(flags) == 1 and "row0_seed0.json is not a stored run" in capsys.readouterr().err
+
+
+def test_the_command_offers_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        experiment_command(["--help"])
+    text = capsys.readouterr().out  # written down a second time, so that --help need not import PyTorch
+    assert "{" + ",".join(["choice", "ablation", "sensitivity"]) + "}" in text and set(EXPERIMENTS) == {"choice", "ablation", "sensitivity"}
+    assert f"(default: {HELD_OUT})" in text
 
 
 @pytest.mark.parametrize("flag", ["--seed=3", "--no-tcpl", "--pooling=mean", "--variant=paper"])
