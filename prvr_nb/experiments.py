@@ -182,7 +182,7 @@ def run_once(
     write_run(path, {"row": name, "seed": config.seed, "config": asdict(config), "held_out": share, "machine": machine(), "best_epoch": about["best_epoch"],
                      "selection": about["rows"][-1], "val": metrics_row(e, splits.val, config.clip_weight), "ranks": ranks.tolist(), "history": history})
 
-# %% ../nbs/26_experiments.ipynb #e7d5941b
+# %% ../nbs/26_experiments.ipynb #eff87689
 def describe_queries(
     val:Corpus, # prepared validation split
     root:str|Path, # folder that holds the collections
@@ -192,7 +192,8 @@ def describe_queries(
     captions, video = val.split.captions, val.queries.video
     annotated = read_moments(root, dataset, "val")
     windows = [annotated.get((c.video, c.sentence), []) for c in captions]
-    of_video = {v: {w[:2] for c, ws in zip(captions, windows) if c.video == v for w in ws} for v in val.split.videos}
+    of_video = {}
+    for c, ws in zip(captions, windows): of_video.setdefault(c.video, set()).update(w[:2] for w in ws)
     teacher = F.normalize(teacher_features(val), dim=-1)
     similar = (teacher @ teacher.T).masked_fill(video[:, None] == video, -1).amax(1)
     return {"video": video.tolist(), "nearest_wrong": similar.tolist(),
