@@ -1,19 +1,20 @@
 """Partially Relevant Video Retrieval: everything that a script needs for a run, from one import.
 
-This file is the only one of the package that is written by hand. Names are looked up when they are first used, so that the commands answer
-at once to `--help` instead of importing PyTorch first.
+Names are looked up when they are first used, so that the commands answer at once to `--help` instead of importing PyTorch first.
 """
 __version__ = "0.1.0"
 
 from importlib import import_module
 
 _MODULE_OF = {
-    "Config": "config", "UserError": "config", "published_config": "config",
-    "Corpus": "prepared", "prepare": "prepared",
-    "PRVRModel": "model", "load_checkpoint": "model", "save_checkpoint": "model", "load_released": "model", "from_released": "model", "to_released": "model",
-    "embed": "evaluation", "evaluate": "evaluation", "zero_shot": "evaluation",
-    "train": "training", "write_toy": "toy",
-    "VideoIndex": "search", "build_index": "search", "open_searcher": "search", "SearchPanel": "panel",
+    "UserError": "files",
+    "Config": "config", "published_config": "config",
+    "PRVRModel": "method.model", "write_toy": "data.toy", "PreparedSplit": "data.prepared", "prepare": "data.prepared",
+    "load_checkpoint": "training.checkpoints", "save_checkpoint": "training.checkpoints",
+    "load_released": "training.checkpoints", "from_released": "training.checkpoints", "to_released": "training.checkpoints",
+    "embed": "evaluation.embeddings", "evaluate": "evaluation.rows", "zero_shot": "evaluation.rows",
+    "train": "training.loop",
+    "VideoIndex": "videos.index", "build_index": "videos.index", "open_searcher": "videos.search", "SearchPanel": "videos.panel",
 }
 __all__ = list(_MODULE_OF)
 

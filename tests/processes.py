@@ -6,7 +6,7 @@ import sys
 import traceback
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prvr_nb.training", "prvr_nb.cli", "prvr_nb.report", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"])
+CONTEXT.set_forkserver_preload(["prvr_nb.training.loop", "prvr_nb.cli", "prvr_nb.evaluation.report", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"])
 
 
 def on_the_cpu(rank=0, world=1, port=0):

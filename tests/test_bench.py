@@ -4,7 +4,10 @@ import json
 import pytest
 import torch
 
-from prvr_nb.bench import Sizes, bench, bench_table, extra_memory, flops_of_step, in_new_process, loss_calls, make_run, measure, one_step, random_corpus, step_parts, tcpl_memory
+from prvr_nb.speed import (
+    Sizes, bench, bench_table, extra_memory, flops_of_step, in_new_process, loss_calls, make_run, measure, one_step,
+    random_corpus, step_parts, tcpl_memory,
+)
 from prvr_nb.config import published_config
 
 CPU = torch.device("cpu")
@@ -13,7 +16,7 @@ TINY = Sizes(batch=3, per_video=2, width=24, videos=5, tcpl=(6, 9), evaluations=
 
 @pytest.fixture(scope="module")
 def config():
-    return published_config("toy", hidden=16, heads=2, batch=3)
+    return published_config("toy", hidden_size=16, heads=2, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_one_call_is_enough_when_the_budget_allows_no_more():
 
 def test_flops_are_those_of_the_matrix_products(config):
     """Doubling the batch doubles the encoders' products; the angle cosines are no product."""
-    count = lambda batch: flops_of_step(make_run(published_config("toy", hidden=16, heads=2, batch=batch, tcpl=False, cbva=False), random_corpus(config, 4, 2, 24), CPU))
+    count = lambda batch: flops_of_step(make_run(published_config("toy", hidden_size=16, heads=2, batch_size=batch, tcpl=False, cbva=False), random_corpus(config, 4, 2, 24), CPU))
     lengths = random_corpus(config, 4, 2, 24).queries.start.diff()
     assert 1.7 < count(4) / count(2) < 2.6, lengths  # scores grow with the square, padding by chance
 

@@ -24,8 +24,12 @@ import pytest
 from PIL import Image
 
 from prvr_nb.config import published_config
-from prvr_nb.features import extract_videos, write_tiny_clip, write_video
-from prvr_nb.search import Embedder, build_index, moment_text, open_searcher
+from prvr_nb.videos.clip import write_tiny_clip
+from prvr_nb.videos.features import extract_videos
+from prvr_nb.videos.frames import write_video
+from prvr_nb.videos.embedder import Embedder
+from prvr_nb.videos.index import build_index
+from prvr_nb.videos.search import moment_text, open_searcher
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = int(os.environ.get("PRVR_PATIENCE", 600)) # seconds until something that should happen has not happened; only a broken panel waits so long

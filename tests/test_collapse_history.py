@@ -8,16 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from prvr_nb.collapse_history import (KINDS_OF_PAIRS, RECORDED, as_int8, centred_gap, choose_videos, cluster, collapse_command, epochs_of, nearest, neighbour_shares, pair_means,
-                                      read_recording, record, record_once, topics_of, toy_topic, write_recording)
-from prvr_nb.config import UserError, published_config
-from prvr_nb.evaluation import collapse, embed, evaluate
-from prvr_nb.experiments import Splits, open_splits
-from prvr_nb.model import PRVRModel
-from prvr_nb.toy import EVENTS, write_toy
-from prvr_nb.training import train
+from prvr_nb.cli import collapse_command
+from prvr_nb.evidence.recordings import (
+    KINDS_OF_PAIRS, RECORDED, as_int8, centred_gap, choose_videos, cluster, epochs_of, nearest, neighbour_shares,
+    pair_means, read_recording, record, record_once, topics_of, toy_topic, write_recording,
+)
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.evaluation.collapse import collapse
+from prvr_nb.evaluation.embeddings import embed
+from prvr_nb.evaluation.rows import evaluate
+from prvr_nb.evidence.experiments import Splits, open_splits
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.data.toy import EVENTS, write_toy
+from prvr_nb.training.loop import train
 
-TINY = dict(seed=0, epochs=2, hidden=16, heads=2, batch=8)
+TINY = dict(seed=0, epochs=2, hidden_size=16, heads=2, batch_size=8)
 
 
 def unit(*shape, seed=0, mean=0.):

@@ -18,9 +18,10 @@ import torch
 
 from prvr_nb.cli import data_command, demo_command, eval_command, train_command
 from prvr_nb.config import Config, published_config
-from prvr_nb.corpus import corpus_paths
-from prvr_nb.model import PRVRModel, to_released
-from prvr_nb.toy import write_toy
+from prvr_nb.data.corpus import corpus_paths
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import to_released
+from prvr_nb.data.toy import write_toy
 
 ROW_KEYS = {"name", "r1", "r5", "r10", "r100", "sum_r", "text_intra", "text_total", "text_diff_norm", "video_intra", "video_total", "video_diff_norm", "spearman"}
 SMALL = ["--epochs", "1", "--hidden", "16", "--heads", "2", "--batch", "8", "--merge-schedule", "16,8", "--drop", "0"]
@@ -42,7 +43,7 @@ def run(root, tmp_path_factory):
 
 def test_train_leaves_a_run_folder(run):
     config = json.loads((run / "config.json").read_text())
-    assert config.keys() == {f.name for f in dataclasses.fields(Config)} and config["hidden"] == 16 and config["merge_schedule"] == [16, 8]
+    assert config.keys() == {f.name for f in dataclasses.fields(Config)} and config["hidden_size"] == 16 and config["merge_schedule"] == [16, 8]
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["zero-shot teacher", "small"]
     assert all(row.keys() == ROW_KEYS for row in rows)
@@ -77,7 +78,7 @@ def test_train_has_the_flag(flag, capsys):
     (["--dataset", "nowhere"], ["nowheretrain.caption.txt does not exist", "data/README.md"]),
     (["--dataset", "toy", "--heads", "7"], ["hidden is 64, not a multiple of heads = 7"]),
     (["--dataset", "toy", "--merge-schedule", "64,20"], ["merge_schedule (64, 20): 20 cannot follow 64"]),
-    (["--dataset", "toy", "--lr", "-1", "--drop", "2"], ["lr is -1.0", "drop is 2.0"]),
+    (["--dataset", "toy", "--lr", "-1", "--drop", "2"], ["lr is -1.0", "dropout is 2.0"]),
 ])
 def test_mistakes_end_with_one_message_before_training(arguments, words, root, tmp_path, capsys):
     assert train_command([*arguments, "--root", str(root), "--out", str(tmp_path / "run")]) == 1
@@ -114,7 +115,7 @@ def test_a_collection_that_is_not_in_the_table_trains(root, tmp_path):
         new.write_bytes(old.read_bytes())
     assert train_command(["--dataset", "mine", "--root", str(tmp_path), "--out", str(tmp_path / "run"), *SMALL]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["lr"], config["drop"], config["tau"]) == (2e-4, 0.0, 0.7)  # the charades row, tau 0.7, and the flag for drop
+    assert (config["lr"], config["dropout"], config["tau"]) == (2e-4, 0.0, 0.7)  # the charades row, tau 0.7, and the flag for drop
 
 
 def test_demo(root, tmp_path, capsys):

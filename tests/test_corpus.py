@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prvr_nb.config import UserError, published_config
-from prvr_nb.corpus import Moment, Problems, check_corpus, corpus_paths, read_captions, read_features, read_moments, read_split
-from prvr_nb.merging import l2_normalise
-from prvr_nb.prepared import MAX_TOKENS, prepare, prepare_split, prepare_videos
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import (
+    Moment, Problems, check_corpus, corpus_paths, read_captions, read_features, read_moments, read_split,
+)
+from prvr_nb.method.tokens import l2_normalise
+from prvr_nb.data.prepared import MAX_TOKENS, prepare, prepare_split
+from prvr_nb.method.model import prepare_videos
 
 NAME, WIDTH = "tiny", 6
 HEALTHY = {"train": {"a": (4, [3, 2]), "b": (5, [4, 1])}, "val": {"c": (3, [2, 2]), "d": (6, [5])}}  # video → frames, tokens of its queries

@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import prvr_nb.training
-from prvr_nb.config import UserError, published_config
-from prvr_nb.distributed import DataOrder, step_seed
-from prvr_nb.prepared import prepare
-from prvr_nb.resume import read_state
-from prvr_nb.toy import write_toy
-from prvr_nb.training import build_run, load_batches, step_losses, train, update
+import prvr_nb.training.loop
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.training.distributed import DataOrder, step_seed
+from prvr_nb.data.prepared import prepare
+from prvr_nb.training.resume import read_state
+from prvr_nb.data.toy import write_toy
+from prvr_nb.training.loop import build_run, load_batches, step_losses, train, update
 
 N_TRAIN, BATCH = 17, 7  # batches of 7, 7 and 3 videos: shares of 4 + 3 and 2 + 1, or of 3 + 2 + 2 and 1 + 1 + 1
-TINY = dict(hidden=16, heads=2, epochs=3, patience=1, batch=BATCH, merge_schedule=(16, 12, 8), segment_levels=(8, 5), drop=0., lr=1e-3, seed=3)
+TINY = dict(hidden_size=16, heads=2, epochs=3, patience=1, batch_size=BATCH, merge_schedule=(16, 12, 8), segment_levels=(8, 5), dropout=0., lr=1e-3, seed=3)
 CASES = {
     "random negatives": {},
-    "hard negatives": dict(hard_negative_epoch=0, hard_pool_size=3),
+    "hard negatives": dict(hard_negative_start_epoch=0, hard_pool_size=3),
     "baseline": dict(tcpl=False, cbva=False),
-    "paper": dict(variant="paper", merge_schedule=(16, 12, 8), segment_levels=(8, 5), hard_negative_epoch=0),
+    "paper": dict(variant="paper", merge_schedule=(16, 12, 8), segment_levels=(8, 5), hard_negative_start_epoch=0),
     "skip": dict(nonfinite="skip"),
 }
 
@@ -103,13 +104,13 @@ def train_run(root, out, settings, resume=False):
 
 def train_and_stop(root, out):
     "Two processes that stop in their second epoch, after a save."
-    close = prvr_nb.training.close_epoch
+    close = prvr_nb.training.loop.close_epoch
 
     def stop(run, progress, *rest):
         if progress.epoch == 1:
             os._exit(0)
         close(run, progress, *rest)
-    prvr_nb.training.close_epoch = stop
+    prvr_nb.training.loop.close_epoch = stop
     train(published_config("toy", **TINY), root, out, quiet=True, checkpoint_seconds=0)
 
 
@@ -157,13 +158,13 @@ def test_steps_are_left_out_together(root, tmp_path):
 
 def train_broken(root, out):
     "The second step of the first epoch has a loss that is not finite."
-    losses_of = prvr_nb.training.all_losses
+    losses_of = prvr_nb.training.loop.compute_losses
 
     def broken(model, e, batch, config, epoch):
         losses = losses_of(model, e, batch, config, epoch)
         calls.append(epoch)
         return {**losses, "tcpl": losses["tcpl"] * float("nan")} if len(calls) == 2 else losses
-    calls, prvr_nb.training.all_losses = [], broken
+    calls, prvr_nb.training.loop.compute_losses = [], broken
     train(published_config("toy", **{**TINY, "nonfinite": "skip", "patience": 9}), root, out, quiet=True)
 
 
@@ -174,7 +175,7 @@ def test_accelerate_launch(root, tmp_path):
     flags = [f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in {**TINY, "epochs": 1}.items()]
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--main_process_port", str(processes.free_port()), script, "--root", root, "--out", tmp_path / "run", *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(Path(prvr_nb.training.__file__).parent.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(Path(prvr_nb.training.loop.__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(history_of(tmp_path / "run")) == 1 and done.stdout.count("zero-shot teacher") == 1

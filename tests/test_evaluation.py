@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing import assert_close
 
-from prvr_nb.config import UserError, published_config
-from prvr_nb.evaluation import (all_finite, blocked_max_scores, collapse, count_steps, embed, encoder_precision, evaluate, exact_matmul, group_sums, mean_similarity,
-                                metrics_row, pair_blocks, rank_moments, retrieval_ranks, score_blocks, teacher_correlation, teacher_embeddings, teacher_features, zero_shot)
-from prvr_nb.metrics import count_ranks, ranks
-from prvr_nb.model import Embeddings, PRVRModel
-from prvr_nb.prepared import Corpus, prepare_videos, pack_queries
-from prvr_nb.retrieval import max_scores
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.evaluation.collapse import (
+    collapse, count_steps, group_sums, mean_similarity, pair_blocks, rank_moments, teacher_correlation,
+)
+from prvr_nb.evaluation.embeddings import (
+    all_finite, embed, encoder_precision, exact_matmul, teacher_embeddings, teacher_features,
+)
+from prvr_nb.evaluation.metrics import blocked_max_scores, retrieval_ranks, score_blocks
+from prvr_nb.evaluation.rows import evaluate, metrics_row, zero_shot
+from prvr_nb.evaluation.metrics import count_ranks, ranks
+from prvr_nb.method.model import Embeddings, PRVRModel
+from prvr_nb.data.prepared import PreparedSplit, pack_queries
+from prvr_nb.method.model import prepare_videos
+from prvr_nb.method.retrieval import max_scores
 
 
 def rand(*shape, seed=0):
@@ -47,7 +55,7 @@ def naive_collapse(x, group, n):
 @pytest.mark.parametrize("side", [1, 3, 1024])
 def test_collapse(group, side, monkeypatch):
     "Ragged groups, queries of one video apart from each other, videos with a single query, videos without any; blocks of any size."
-    monkeypatch.setitem(sys.modules["prvr_nb.evaluation"].SIDE, "cpu", side)
+    monkeypatch.setitem(sys.modules["prvr_nb.evaluation"].BLOCK_SIZE, "cpu", side)
     group, x = torch.tensor(group), F.normalize(rand(9, 5) + 0.5, dim=1)
     assert_close(torch.tensor(collapse(x, group, 8), dtype=torch.double), torch.tensor(naive_collapse(x, group, 8), dtype=torch.double), rtol=1e-9, atol=1e-12)
 
@@ -168,17 +176,17 @@ def embeddings(q, v, frames=6, clips=3, d=4):
     return Embeddings(unit(q, d), unit(v, frames, d, seed=1), unit(v, clips, d, seed=2))
 
 
-@pytest.mark.parametrize("q, v, clip_weight", [(37, 11, 0.4), (1, 1, 0.4), (5, 3, 0.)])
-def test_retrieval_ranks(q, v, clip_weight):
+@pytest.mark.parametrize("q, v, clip_score_weight", [(37, 11, 0.4), (1, 1, 0.4), (5, 3, 0.)])
+def test_retrieval_ranks(q, v, clip_score_weight):
     e, video = embeddings(q, v), torch.arange(q) % v
     expected = []
     for i in range(q):
-        scores = [clip_weight * max(e.queries[i] @ token for token in e.clips[j]) + (1 - clip_weight) * max(e.queries[i] @ token for token in e.frames[j]) for j in range(v)]
+        scores = [clip_score_weight * max(e.queries[i] @ token for token in e.clips[j]) + (1 - clip_score_weight) * max(e.queries[i] @ token for token in e.frames[j]) for j in range(v)]
         expected.append(1 + sum((s > scores[video[i]] + 1e-6).item() for s in scores))
-    assert retrieval_ranks(e, video, clip_weight).tolist() == expected
-    blocks = list(score_blocks(e, clip_weight, side=4))
+    assert retrieval_ranks(e, video, clip_score_weight).tolist() == expected
+    blocks = list(score_blocks(e, clip_score_weight, side=4))
     assert [start for start, _ in blocks] == list(range(0, q, 4))
-    assert_close(torch.cat([scores for _, scores in blocks]), next(score_blocks(e, clip_weight))[1])
+    assert_close(torch.cat([scores for _, scores in blocks]), next(score_blocks(e, clip_score_weight))[1])
 
 
 def test_equal_videos_share_a_rank():
@@ -240,7 +248,7 @@ def test_host_never_waits_within_the_loops():
 
 # ---------------------------------------------------------------- embedding a corpus
 
-CONFIG = published_config("toy", hidden=16, merge_schedule=(16, 12, 8))
+CONFIG = published_config("toy", hidden_size=16, merge_schedule=(16, 12, 8))
 
 
 def small_corpus(config=CONFIG, d_video=10, d_query=12, videos=11, dtype=torch.float):
@@ -248,7 +256,7 @@ def small_corpus(config=CONFIG, d_video=10, d_query=12, videos=11, dtype=torch.f
     draw = lambda length, d: rows.standard_normal((length, d)).astype(np.float32)
     v = prepare_videos([draw(20 + i, d_video) for i in range(videos)], config)
     q = pack_queries([draw(2 + i % 9, d_query) for i in range(3 * videos - 2)], np.arange(3 * videos - 2) % videos)
-    return Corpus(None, v._replace(frames=v.frames.to(dtype), clips=v.clips.to(dtype)), q._replace(tokens=q.tokens.to(dtype)))
+    return PreparedSplit(None, v._replace(frames=v.frames.to(dtype), clips=v.clips.to(dtype)), q._replace(tokens=q.tokens.to(dtype)))
 
 
 def small_model(d_video=10, d_query=12, **changes):
@@ -331,13 +339,15 @@ def test_teacher(dtype):
 MEASURE = """
 import sys, time, torch
 from prvr_nb.config import published_config
-from prvr_nb.evaluation import evaluate, extra_bytes
-from prvr_nb.model import PRVRModel
-from prvr_nb.prepared import Corpus, Videos, keep_freed_memory
+from prvr_nb.evaluation.rows import evaluate, extra_bytes
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.data.prepared import PreparedSplit
+from prvr_nb.method.model import Videos
+from prvr_nb.training.fast import keep_freed_memory
 from types import SimpleNamespace
 torch.set_num_threads(1)
 q, v, d, d_query = (int(x) for x in sys.argv[1:])
-config = published_config("tvr", hidden=d)
+config = published_config("tvr", hidden_size=d)
 
 class Cheap(PRVRModel): # embeddings of real size from encoders that cost nothing
     def encode_videos(self, frames, clips, sizes):
@@ -349,7 +359,7 @@ def status(name): # bytes of this program alone; ru_maxrss would start at the pe
 def corpus(q, v):
     videos = Videos(*(torch.randn(v, n, 8).half() for n in (128, 32)), torch.ones(v, 32), None, None, None)
     queries = SimpleNamespace(tokens=torch.randn(q, d_query).half(), start=torch.arange(q + 1), video=torch.arange(q) % v)
-    return Corpus(None, videos, queries)
+    return PreparedSplit(None, videos, queries)
 
 model = Cheap(config, 8, d_query)
 evaluate(model, corpus(50, 20)) # loads the libraries

@@ -8,18 +8,25 @@ import torch
 from torch.testing import assert_close
 
 from prvr_nb.cli import experiment_command
-from prvr_nb.config import UserError, make_config, published_config
-from prvr_nb.evaluation import embed, retrieval_ranks, teacher_embeddings
-from prvr_nb.experiments import (BASE, CONTROLS, EXPERIMENTS, HELD_OUT, ROWS, centred, describe_queries, hold_out, merge_lengths, open_splits, read_stored, run_experiment,
-                                 run_once, sensitivity_settings, untrained_rows)
-from prvr_nb.metrics import retrieval_metrics
-from prvr_nb.model import PRVRModel
-from prvr_nb.prepared import prepare
-from prvr_nb.results import CUTS, bootstrap, contributions, paired_differences, read_experiment, read_runs, recall_by, results_table, summary_table, two_by_two, values
-from prvr_nb.search import Embedder
-from prvr_nb.toy import write_toy
+from prvr_nb.config import make_config, published_config
+from prvr_nb.files import UserError
+from prvr_nb.evaluation.embeddings import embed, teacher_embeddings
+from prvr_nb.evaluation.metrics import retrieval_ranks
+from prvr_nb.evidence.experiments import (
+    BASE, CONTROLS, EXPERIMENTS, HELD_OUT, ROWS, centred, describe_queries, hold_out, merge_lengths, open_splits,
+    read_stored, run_experiment, run_once, sensitivity_settings, untrained_rows,
+)
+from prvr_nb.evaluation.metrics import retrieval_metrics
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.data.prepared import prepare
+from prvr_nb.evidence.results import (
+    CUTS, bootstrap, per_query_sum_r, paired_differences, read_experiment, read_runs, recall_by, results_table,
+    summary_table, contingency, values,
+)
+from prvr_nb.videos.embedder import Embedder
+from prvr_nb.data.toy import write_toy
 
-SMALL = dict(epochs=1, hidden=16, heads=2, batch=8, merge_schedule=(16, 8), drop=0.)
+SMALL = dict(epochs=1, hidden_size=16, heads=2, batch_size=8, merge_schedule=(16, 8), dropout=0.)
 FLAGS = ["--epochs", "1", "--hidden", "16", "--heads", "2", "--batch", "8", "--merge-schedule", "16,8", "--drop", "0"]
 
 
@@ -133,7 +140,7 @@ def test_rows_differ_in_their_switches_only():
     steps = [{k for k, v in after.items() if v != before.get(k)} for before, after in zip(list(ROWS.values()), list(ROWS.values())[1:])]
     assert steps == [{"tcpl"}, {"cbva"}, {"uniform_clips"}, {"adaptive"}]
     paper = published_config("toy", **CONTROLS["full, paper's variant"])
-    assert (paper.cbva_similarity, paper.tcpl_average, paper.omega_closure) == ("cosine", "off_diagonal", False)
+    assert (paper.cbva_similarity, paper.tcpl_average, paper.transitive_closure) == ("cosine", "off_diagonal", False)
 
 
 @pytest.mark.parametrize("dataset, overrides", [("toy", {}), ("flickr", dict(merge_schedule=(40, 26, 16))), ("tvr", {})])
@@ -162,7 +169,7 @@ def test_ranks_in_a_file_give_its_recall(ablation):
         for run in found:
             recall = retrieval_metrics(torch.tensor(run["ranks"]))
             assert all(abs(recall[key] - run["val"][key]) < 1e-3 for key in recall)
-            assert abs(contributions(run["ranks"]).mean() - run["val"]["sum_r"]) < 1e-3
+            assert abs(per_query_sum_r(run["ranks"]).mean() - run["val"]["sum_r"]) < 1e-3
 
 
 def test_the_epoch_is_chosen_on_held_out_videos(root, tmp_path):
@@ -239,7 +246,7 @@ def test_what_an_experiment_decides_itself_is_no_flag(flag, tmp_path, capsys):
 
 
 def test_contributions_by_hand():
-    assert contributions([1, 2, 6, 11, 101]).tolist() == [400, 300, 200, 100, 0]
+    assert per_query_sum_r([1, 2, 6, 11, 101]).tolist() == [400, 300, 200, 100, 0]
     assert CUTS == (1, 5, 10, 100)
 
 
@@ -271,7 +278,7 @@ def test_bootstrap_is_wider_when_queries_of_a_video_move_together():
 
 
 def test_two_by_two_adds_up():
-    table = two_by_two([1, 20, 3, 40], [2, 3, 50, 60])
+    table = contingency([1, 20, 3, 40], [2, 3, 50, 60])
     assert table == {"both": 25, "only ours": 25, "only theirs": 25, "neither": 25}
 
 

@@ -16,14 +16,23 @@ import pytest
 import torch
 from PIL import Image
 
-from prvr_nb import features
-from prvr_nb.config import UserError, published_config
-from prvr_nb.corpus import check_corpus, corpus_paths, read_moments
-from prvr_nb.evaluation import zero_shot
-from prvr_nb.features import (Row, Source, ahead, compose, encode_images, encode_text, extract_features, extract_images, extract_videos, features_command, fingerprint, frame_at, held_out,
-                              kept_rows, load_encoder, parts_folder, picture_at, read_image_captions, read_manifest, read_rows, sampled, sentence_embeddings, tokenize, video_id, video_images,
-                              write_tiny_clip, write_video)
-from prvr_nb.prepared import prepare
+from prvr_nb import cli
+from prvr_nb.videos import clip, features, frames, images
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import check_corpus, corpus_paths, read_moments
+from prvr_nb.evaluation.rows import zero_shot
+from prvr_nb.cli import features_command
+from prvr_nb.videos.captions import Row, held_out, read_rows, video_id
+from prvr_nb.videos.clip import (
+    encode_images, encode_text, kept_rows, load_encoder, sentence_embeddings, tokenize, write_tiny_clip,
+)
+from prvr_nb.videos.features import (
+    Source, ahead, extract_features, extract_videos, fingerprint, parts_folder, read_manifest,
+)
+from prvr_nb.videos.frames import frame_at, sampled, video_images, write_video
+from prvr_nb.videos.images import compose, extract_images, picture_at, read_image_captions
+from prvr_nb.data.prepared import prepare
 
 SENTENCES = ["a man opens the fridge", "two dogs run", "a woman reads the newspaper in the garden"]
 SIZE = (64, 48)
@@ -145,7 +154,7 @@ def test_a_held_frame_is_decoded_and_encoded_once():
 def test_frames_out_of_order_and_without_time_stamps():
     class Frame:
         def __init__(self, time): self.time, self.duration, self.time_base = time, 1, 0.5
-    starts = lambda times: [start for start, _, _ in features.timed([Frame(t) for t in times], {})]
+    starts = lambda times: [start for start, _, _ in frames.timed([Frame(t) for t in times], {})]
     assert starts([1, 3, 2, 4]) == [0, 2, 2, 3] and starts([None, None, None]) == [0, 0.5, 1]
     with pytest.raises(ValueError, match="time stamps jump from 0 to 99999 seconds"): starts([0, 99999])
 
@@ -249,7 +258,7 @@ def test_the_last_row_is_the_models_own_sentence_embedding(clip):
 
 def test_padding_and_batches_change_nothing(clip, monkeypatch):
     together = encode_text(SENTENCES, clip)
-    monkeypatch.setattr(features, "BATCH", 1)
+    monkeypatch.setattr(clip, "BATCH", 1)
     for a, b in zip(together, encode_text(SENTENCES, clip)): np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -278,7 +287,7 @@ def test_images_are_the_models_own_embeddings(clip, monkeypatch):
     images = [numbered(n) for n in range(5)]
     expected = pooled(clip.model.get_image_features(**clip.processor(images=images, return_tensors="pt"))).numpy()
     np.testing.assert_allclose(encode_images(images, clip), expected, atol=1e-5)
-    monkeypatch.setattr(features, "BATCH", 2)
+    monkeypatch.setattr(clip, "BATCH", 2)
     np.testing.assert_allclose(encode_images(images, clip), expected, atol=1e-5)
 
 
@@ -372,12 +381,13 @@ def test_damaged_leftovers_are_made_again(tmp_path, clip):
 
 KILLED = """
 import sys, time
-from prvr_nb import features
+from prvr_nb import cli
+from prvr_nb.videos import clip, features, frames, images
 real = features.video_images
 def slow(path, rate, info):
     for image in real(path, rate, info): time.sleep(0.12); yield image
 features.video_images = slow
-sys.exit(features.features_command(sys.argv[1:]))
+sys.exit(cli.features_command(sys.argv[1:]))
 """
 
 
@@ -569,7 +579,7 @@ def test_photographs_are_turned_as_their_note_says(tmp_path):
     exif = Image.Exif()
     exif[274] = 6 # to be turned clockwise by 90 degrees
     quarters().save(tmp_path / "p.jpg", exif=exif, quality=95)
-    image = features.open_image(tmp_path / "p.jpg")
+    image = images.open_image(tmp_path / "p.jpg")
     assert image.size == (64, 96) and int(np.argmax(image.getpixel((32, 20)))) == 0
 
 

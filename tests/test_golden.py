@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prvr_nb.adaptive import choose_level, segment_labels, uniformity
-from prvr_nb.cbva import cbva_loss
+from prvr_nb.method.segments import choose_level, segment_labels, uniformity
+from prvr_nb.method.cbva import cbva_loss
 from prvr_nb.config import published_config
-from prvr_nb.encoder import gaussian_window
-from prvr_nb.merging import l2_normalise, op_tome, resample
-from prvr_nb.metrics import ranks, retrieval_metrics
-from prvr_nb.model import PRVRModel, build_model, from_released, to_released
-from prvr_nb.prepared import Batch
-from prvr_nb.retrieval import cosine_scores, info_nce, max_scores, triplet
-from prvr_nb.tcpl import angle_loss, distance_loss
-from prvr_nb.training import BertAdam, all_losses, parameter_groups, warmup_linear
+from prvr_nb.method.encoder import gaussian_window
+from prvr_nb.method.tokens import l2_normalise, op_tome, resample
+from prvr_nb.evaluation.metrics import ranks, retrieval_metrics
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import build_model, from_released, to_released
+from prvr_nb.method.model import Batch
+from prvr_nb.method.retrieval import cosine_scores, info_nce, max_scores, triplet_loss
+from prvr_nb.method.tcpl import angle_loss, distance_loss
+from prvr_nb.method.model import compute_losses
+from prvr_nb.training.optimizer import BertAdam, parameter_groups, warmup_linear
 
 DEFAULT = Path(__file__).with_name("golden")
 DIRECTORIES = [Path(d) for d in os.environ.get("PRVR_GOLDEN", str(DEFAULT)).split(":") if d]
@@ -64,7 +66,7 @@ def batch_and_model(golden):
     "The golden batch, its segments made by our code, and a model with the golden weights."
     held = golden("model")
     state = {key.removeprefix("sd/"): value for key, value in held.items() if key.startswith("sd/")}
-    config = published_config("tvr", hidden=16, drop=0., tau=0.7, hard_pool_size=1, hard_negative_epoch=0)
+    config = published_config("tvr", hidden_size=16, dropout=0., tau=0.7, hard_pool_size=1, hard_negative_start_epoch=0)
     model = build_model(from_released(state), config, "golden/model.npz")
     clips, mask = held["clips"], held["text_mask"].bool()
     level = choose_level(uniformity(clips, config.tau), len(config.levels))
@@ -85,8 +87,8 @@ def test_model(golden):
     assert_close(max_scores(e.queries, e.clips), held["clip_scores_raw"], **close)
     assert_close(cosine_scores(e.queries, e.frames), held["frame_scores"], **close)
     assert_close(max_scores(e.queries, e.frames), held["frame_scores_raw"], **close)
-    assert_close(model.project(e.clips), held["clip_proj"], **close)
-    assert_close(model.project(e.frames), held["frame_proj"], **close)
+    assert_close(model.cbva_projection(e.clips), held["clip_proj"], **close)
+    assert_close(model.cbva_projection(e.frames), held["frame_proj"], **close)
     assert_close(uniformity(batch.clips, config.tau), held["diversity"], **close)
 
 
@@ -103,7 +105,7 @@ TERMS = {"clip_nce": "clip_nce", "clip_trip": "clip_triplet", "frame_nce": "fram
 
 def test_losses_and_gradients(golden):
     held, (_, _, config, model, batch) = golden("losses"), batch_and_model(golden)
-    losses = all_losses(model, model(batch), batch, config, epoch=0)
+    losses = compute_losses(model, model(batch), batch, config, epoch=0)
     for theirs, ours in TERMS.items():
         assert_close(losses[ours], held[theirs].float(), **close)
     total = sum(losses.values())
@@ -146,7 +148,7 @@ def test_tcpl(golden, name):
 def test_retrieval_losses(golden):
     held = golden("retrieval_losses")
     raw, cosine = held["raw_scores"].requires_grad_(), held["cos_scores"].requires_grad_()
-    nce, hinge = info_nce(raw, held["text_labels"]), triplet(cosine, held["text_labels"], 0.1, hard=True, hard_pool_size=1)
+    nce, hinge = info_nce(raw, held["text_labels"]), triplet_loss(cosine, held["text_labels"], 0.1, hard=True, hard_pool_size=1)
     (nce + hinge).backward()
     assert_close(nce, held["nce"], **close)
     assert_close(raw.grad, held["d_nce"], **close)
@@ -180,7 +182,7 @@ def test_trajectory(golden):
     optimizer = BertAdam(parameter_groups(model), lr=held["lr"].item())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: warmup_linear(t / total, held["warmup"].item()))
     for step, expected in enumerate(held["losses"]):
-        losses = all_losses(model, model(batch), batch, config, epoch=0)
+        losses = compute_losses(model, model(batch), batch, config, epoch=0)
         row = torch.stack([sum(losses.values())] + [losses[ours] for ours in TERMS.values()]).double()
         assert_close(row, expected, **close, msg=lambda text: f"step {step}: {text}")
         optimizer.zero_grad()

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.testing import assert_close
 
-from prvr_nb.cbva import cbva_loss
-from prvr_nb.retrieval import cosine_scores, info_nce, max_scores, pick_negative, triplet
-from prvr_nb.tcpl import tcpl_loss
+from prvr_nb.method.cbva import cbva_loss
+from prvr_nb.method.retrieval import cosine_scores, info_nce, max_scores, sample_negatives, triplet_loss
+from prvr_nb.method.tcpl import tcpl_loss
 
 LAYOUTS = (8, 5, 3, 2)  # segments of the four videos of a batch
 
@@ -302,7 +302,7 @@ def cosines(seed=0, queries=7, videos=4):
 @pytest.mark.parametrize("margin", [0.1, 0.2])
 def test_triplet_with_the_hardest_negatives(seed, margin):
     scores = cosines(seed)
-    ours, naive = triplet(scores, RAGGED, margin, True, 1), naive_triplet(scores, RAGGED, margin, True, 1)
+    ours, naive = triplet_loss(scores, RAGGED, margin, True, 1), naive_triplet(scores, RAGGED, margin, True, 1)
     assert_close(ours, naive)
     assert_close(*(torch.autograd.grad(x, scores)[0] for x in (ours, naive)))
 
@@ -311,7 +311,7 @@ def test_triplet_with_the_hardest_negatives(seed, margin):
 def test_triplet_with_drawn_negatives_on_average(hard, pool):
     torch.manual_seed(0)
     scores = cosines().detach()
-    drawn = torch.stack([triplet(scores, RAGGED, 0.2, hard, pool) for _ in range(1500)])
+    drawn = torch.stack([triplet_loss(scores, RAGGED, 0.2, hard, pool) for _ in range(1500)])
     error = drawn.std() / len(drawn) ** 0.5
     assert error > 0
     assert abs(drawn.mean() - naive_triplet(scores, RAGGED, 0.2, hard, pool)) < 4 * error
@@ -321,16 +321,16 @@ def test_a_pool_larger_than_the_other_videos_holds_all_of_them():
     scores = cosines().detach()
     for pool in 3, 4, 20, 10**6:
         torch.manual_seed(0)
-        loss = triplet(scores, RAGGED, 0.2, True, pool)
+        loss = triplet_loss(scores, RAGGED, 0.2, True, pool)
         torch.manual_seed(0)
-        assert loss == triplet(scores, RAGGED, 0.2, True, scores.shape[1] - 1)
+        assert loss == triplet_loss(scores, RAGGED, 0.2, True, scores.shape[1] - 1)
         assert loss.isfinite()
 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_triplet_of_one_video(hard):
     scores = cosines(queries=3, videos=1)
-    loss = triplet(scores, torch.zeros(3, dtype=torch.long), 0.2, hard)
+    loss = triplet_loss(scores, torch.zeros(3, dtype=torch.long), 0.2, hard)
     loss.backward()
     assert loss == 0 and scores.grad.shape == (3, 1) and (scores.grad == 0).all()
 
@@ -338,7 +338,7 @@ def test_triplet_of_one_video(hard):
 @pytest.mark.parametrize("hard", [False, True])
 def test_one_query(hard):
     scores, video = cosines(queries=1, videos=1), torch.tensor([0])
-    loss = triplet(scores, video, 0.2, hard) + info_nce(scores, video)
+    loss = triplet_loss(scores, video, 0.2, hard) + info_nce(scores, video)
     loss.backward()
     assert loss == 0 and (scores.grad == 0).all()
 
@@ -346,7 +346,7 @@ def test_one_query(hard):
 @pytest.mark.parametrize("hard", [False, True])
 def test_one_query_per_video(hard):
     scores, video = cosines(queries=2, videos=2), torch.tensor([1, 0])
-    assert_close(triplet(scores, video, 0.2, hard), naive_triplet(scores, video, 0.2, hard, 20))  # one negative each: no chance
+    assert_close(triplet_loss(scores, video, 0.2, hard), naive_triplet(scores, video, 0.2, hard, 20))  # one negative each: no chance
 
 
 @pytest.mark.parametrize("pool, size", [(None, 9), (20, 9), (9, 9), (4, 4), (1, 1)])
@@ -356,7 +356,7 @@ def test_negatives_are_never_the_own_video_and_uniform_in_their_pool(pool, size)
     row = torch.tensor([0.9, -0.3, 0.5, 0.1, 0.8, -0.9, 0.2, 0.7, -0.1, 0.4])
     own = torch.arange(n) % 10  # every candidate is the own one in a tenth of the rows
     allowed = F.one_hot(own, 10) == 0
-    chosen = pick_negative(row.expand(n, 10), allowed, pool)
+    chosen = sample_negatives(row.expand(n, 10), allowed, pool)
     assert chosen.shape == (n,) and (chosen != own).all()
     place = row.masked_fill(~allowed, -torch.inf).argsort(dim=1, descending=True).argsort(dim=1).gather(1, chosen[:, None])[:, 0]
     assert place.max() < size
@@ -367,7 +367,7 @@ def test_negatives_are_never_the_own_video_and_uniform_in_their_pool(pool, size)
 
 def test_negatives_of_neighbouring_rows_are_independent():
     torch.manual_seed(0)
-    chosen = pick_negative(torch.zeros(20000, 3), torch.ones(20000, 3, dtype=torch.bool), None).unflatten(0, (-1, 2))
+    chosen = sample_negatives(torch.zeros(20000, 3), torch.ones(20000, 3, dtype=torch.bool), None).unflatten(0, (-1, 2))
     counts = (3 * chosen[:, 0] + chosen[:, 1]).bincount(minlength=9).double()
     expected = counts.sum() / 9
     assert ((counts - expected) ** 2 / expected).sum() < 30
@@ -375,5 +375,5 @@ def test_negatives_of_neighbouring_rows_are_independent():
 
 def test_choosing_a_negative_passes_no_gradient():
     scores = cosines()
-    chosen = pick_negative(scores, torch.ones(7, 4, dtype=torch.bool), None)
+    chosen = sample_negatives(scores, torch.ones(7, 4, dtype=torch.bool), None)
     assert chosen.dtype == torch.long and not chosen.requires_grad

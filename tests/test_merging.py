@@ -7,8 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prvr_nb.adaptive import bipartite_labels, choose_level, connected, cosines, gram_matrix, greedy_pairs, merge_gram, segment_labels, uniformity
-from prvr_nb.merging import Merged, group_means, l2_normalise, merge_step, op_tome, resample, resample_bounds, uniform_clips
+from prvr_nb.method.segments import (
+    bipartite_labels, choose_level, connected, cosines, gram_matrix, greedy_pairs, merge_gram, segment_labels,
+    uniformity,
+)
+from prvr_nb.method.tokens import (
+    Merged, group_means, l2_normalise, merge_step, op_tome, resample, resample_bounds, uniform_clips,
+)
 
 SCHEDULE, LEVELS = (128, 80, 52, 32), (32, 20, 12, 8, 5)
 

@@ -15,18 +15,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-import prvr_nb.model
-from prvr_nb.config import UserError, published_config
-from prvr_nb.encoder import WIDTHS, Blocks, gaussian_window
-from prvr_nb.model import PRVRModel, build_model, from_released, load_checkpoint, load_released, save_checkpoint, to_released
-from prvr_nb.prepared import Batch
+import prvr_nb.training.checkpoints
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.method.encoder import Blocks, WIDTHS, gaussian_window
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import (
+    build_model, from_released, load_checkpoint, load_released, save_checkpoint, to_released,
+)
+from prvr_nb.method.model import Batch
 
 D_VIDEO, D_QUERY = 10, 6
 close = dict(rtol=1e-4, atol=1e-5)
 
 
 def config(**overrides):
-    return published_config("toy", **{"hidden": 8, "heads": 2, "merge_schedule": (12, 8), "drop": 0.3, **overrides})
+    return published_config("toy", **{"hidden_size": 8, "heads": 2, "merge_schedule": (12, 8), "dropout": 0.3, **overrides})
 
 
 def random_model(seed=0, std=0.4, **overrides):
@@ -191,7 +195,7 @@ def test_gradients_reach_every_parameter():
     batch = random_batch(model.config)
     e = model(batch)
     torch.manual_seed(1)
-    sum((x * torch.randn_like(x)).sum() for x in (*e, model.project(e.frames))).backward()
+    sum((x * torch.randn_like(x)).sum() for x in (*e, model.cbva_projection(e.frames))).backward()
     for name, p in model.named_parameters():
         if name.endswith("to_logits.3.bias"):  # shifts the logits of all eight blocks alike: softmax does not notice
             assert p.grad.abs().max() < 1e-4
@@ -207,7 +211,7 @@ def test_gradients_reach_every_parameter():
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = PRVRModel(config(hidden=64, heads=4), 40, 40)
+    model = PRVRModel(config(hidden_size=64, heads=4), 40, 40)
     for name, p in model.named_parameters():
         if name == "token":
             assert 0.7 < p.std() < 1.3
@@ -300,7 +304,7 @@ def test_killed_save_leaves_the_old_file(saved):
     before = path.read_bytes()
     program = """
 import os, sys
-import prvr_nb.model as m
+import prvr_nb.training.checkpoints as m
 model = m.load_checkpoint(sys.argv[1])
 def killed(file):
     os.ftruncate(file, os.fstat(file).st_size // 2)
@@ -348,15 +352,15 @@ def test_torch_save_is_not_a_checkpoint(saved):
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"config": "yes"}, {"config": "3"}, {"config": "null"}, {"config": "[1, 2]"},
-                                      {"config": '{"hidden": "wide"}'}, {"config": '{"merge_schedule": 3}'}, {"config": '{"no_such_setting": 1}'},
-                                      {"config": '{"hidden": -1}'}, {"config": "{}"}], ids=str)
+                                      {"config": '{"hidden_size": "wide"}'}, {"config": '{"merge_schedule": 3}'}, {"config": '{"no_such_setting": 1}'},
+                                      {"config": '{"hidden_size": -1}'}, {"config": "{}"}], ids=str)
 def test_foreign_safetensors(tmp_path, metadata):
     path = tmp_path/"foreign.safetensors"
     save_file({"x": torch.ones(2)}, path, metadata=metadata)
     refuses(lambda: load_checkpoint(path), path, "; ")
 
 
-@pytest.mark.parametrize("overrides", [{"hidden": 16}, {"merge_schedule": (16, 8)}, {"merge_schedule": (12, 10)}], ids=str)
+@pytest.mark.parametrize("overrides", [{"hidden_size": 16}, {"merge_schedule": (16, 8)}, {"merge_schedule": (12, 10)}], ids=str)
 def test_another_configuration(saved, overrides):
     model, path = saved
     save_file(model.state_dict(), path, metadata={"config": json.dumps(asdict(config(**overrides)))})
@@ -444,7 +448,7 @@ def test_released_checkpoint_of_something_else(tmp_path, held):
 def test_released_checkpoint_with_another_configuration(tmp_path):
     path = tmp_path/"model.ckpt"
     torch.save(to_released(random_model().state_dict()), path)
-    refuses(lambda: load_released(path, config(hidden=16)), path, "does not fit the configuration", "give the settings it was trained with")
+    refuses(lambda: load_released(path, config(hidden_size=16)), path, "does not fit the configuration", "give the settings it was trained with")
 
 
 def test_build_model_names_its_source():

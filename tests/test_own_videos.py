@@ -15,9 +15,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 from prvr_nb.config import read_config
-from prvr_nb.corpus import check_corpus, corpus_paths, read_moments
-from prvr_nb.features import encode_text, load_encoder, write_tiny_clip, write_video
-from prvr_nb.search import VideoIndex, open_searcher
+from prvr_nb.data.corpus import check_corpus, corpus_paths, read_moments
+from prvr_nb.videos.clip import encode_text, load_encoder, write_tiny_clip
+from prvr_nb.videos.frames import write_video
+from prvr_nb.videos.index import VideoIndex
+from prvr_nb.videos.search import open_searcher
 
 ROOT = Path(__file__).parent.parent
 QUERY = "a man opens the fridge"

@@ -12,13 +12,25 @@ import pytest
 import torch
 from PIL import Image
 
-from prvr_nb import panel as module
-from prvr_nb.config import UserError, published_config
-from prvr_nb.corpus import Moment, corpus_paths
-from prvr_nb.features import extract_videos, video_images, write_tiny_clip, write_video
-from prvr_nb.panel import (Card, Collection, Library, SearchPanel, answer, app_command, card_html, check_query, cut_clip, demo_indexes, demo_searchers, events_html, find_events, fitted,
-                           index_names, open_searchers, page, peak_text, player, rank_of, said_there, strip_html, write_page)
-from prvr_nb.search import Embedder, Hit, build_index, search, top_k
+from prvr_nb import app, cli, demo
+from prvr_nb.videos import panel as module
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import Moment, corpus_paths
+from prvr_nb.videos.clip import write_tiny_clip
+from prvr_nb.videos.features import extract_videos
+from prvr_nb.videos.frames import video_images, write_video
+from prvr_nb.app import index_names, page, write_page
+from prvr_nb.cli import app_command
+from prvr_nb.demo import demo_indexes, demo_searchers
+from prvr_nb.videos.answers import Collection, Library, answer, find_events, rank_of, said_there
+from prvr_nb.videos.cards import Card, card_html, events_html, peak_text, strip_html
+from prvr_nb.videos.frames import cut_clip, fitted
+from prvr_nb.videos.panel import SearchPanel, check_query, player
+from prvr_nb.videos.search import open_searchers
+from prvr_nb.videos.embedder import Embedder
+from prvr_nb.videos.index import build_index
+from prvr_nb.videos.search import Hit, search, top_k
 
 SENTENCE = "a <b>red</b> ball & a \"boat\""
 
@@ -27,9 +39,9 @@ SENTENCE = "a <b>red</b> ball & a \"boat\""
 def quick():
     "A demonstration of a moment."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "QUICK_RUNS", dict(epochs=1, hidden=16, heads=2, drop=0., merge_schedule=(16, 10, 8)))
-        patch.setattr(module, "N_TRAIN", 12)
-        patch.setattr(module, "N_VAL", 14)
+        patch.setattr(demo, "QUICK_RUNS", dict(epochs=1, hidden_size=16, heads=2, dropout=0., merge_schedule=(16, 10, 8)))
+        patch.setattr(demo, "N_TRAIN", 12)
+        patch.setattr(demo, "N_VAL", 14)
         yield
 
 
@@ -410,16 +422,16 @@ def test_a_second_demonstration_changes_nothing(folder, searchers):
 def test_a_demonstration_goes_on_where_it_was_killed(quick, tmp_path, monkeypatch):
     def killed(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_toy", killed)
+        patch.setattr(demo, "write_toy", killed)
         with pytest.raises(KeyboardInterrupt): demo_indexes(tmp_path / "demo")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "build_index", killed)
+        patch.setattr(demo, "build_index", killed)
         with pytest.raises(KeyboardInterrupt): demo_indexes(tmp_path / "demo")
     trained = (tmp_path / "demo/full/best.safetensors").stat().st_mtime_ns
     indexes = demo_indexes(tmp_path / "demo")
     assert all((index / "index.json").exists() for index in indexes.values())
     assert (tmp_path / "demo/full/best.safetensors").stat().st_mtime_ns == trained
-    monkeypatch.setattr(module, "N_VAL", 10) # other settings: made again
+    monkeypatch.setattr(demo, "N_VAL", 10) # other settings: made again
     assert len(open_searchers(demo_indexes(tmp_path / "demo"))["baseline"].index) == 10
 
 
@@ -455,7 +467,7 @@ def free_port():
 
 def test_the_command_serves_what_it_prints(folder, searchers, own, monkeypatch, capsys):
     served = []
-    monkeypatch.setattr(module, "serve", lambda path, port, token: served.append((json.loads(path.read_text())["cells"][0]["source"], port, token)))
+    monkeypatch.setattr(cli, "serve", lambda path, port, token: served.append((json.loads(path.read_text())["cells"][0]["source"], port, token)))
     port = free_port()
     assert app_command(["--folder", str(folder), "--port", str(port)]) == 0
     source, at, token = served.pop()
@@ -467,7 +479,7 @@ def test_the_command_serves_what_it_prints(folder, searchers, own, monkeypatch, 
 
 
 def test_the_command_refuses_in_a_sentence(tmp_path, own, monkeypatch, capsys):
-    monkeypatch.setattr(module, "serve", lambda *args: pytest.fail("served"))
+    monkeypatch.setattr(cli, "serve", lambda *args: pytest.fail("served"))
     said = lambda *argv: (app_command(list(argv)), capsys.readouterr().err)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import prvr_nb.prepared as prepared
-from prvr_nb.config import Config, UserError, published_config
-from prvr_nb.corpus import Problems, corpus_paths, read_features, read_split
-from prvr_nb.prepared import Batch, Corpus, Queries, Videos, bytes_per_video, keep_freed_memory, pack_queries, prepare, prepare_split, prepare_videos
+import prvr_nb.data.prepared as prepared
+from prvr_nb.config import Config, published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import Problems, corpus_paths, read_features, read_split
+from prvr_nb.data.prepared import PreparedSplit, Queries, bytes_per_video, pack_queries, prepare, prepare_split
+from prvr_nb.method.model import Batch, Videos, prepare_videos
+from prvr_nb.training.fast import keep_freed_memory
 
 NAME, WIDTH = "tiny", 6
 CONFIG = dict(merge_schedule=(16, 10, 8), segment_levels=(5, 3))
@@ -70,7 +73,7 @@ def direct(root, c, split="train"):
     queries = pack_queries([a for _, a in read_features(s.paths.text, [x.id for x in s.captions], "token", problems)], s.query_video)
     assert not problems.found
     half = (lambda x: x.half()) if c.precision == "bf16" else (lambda x: x)
-    return Corpus(s, videos._replace(frames=half(videos.frames), clips=half(videos.clips)), queries._replace(tokens=half(queries.tokens)))
+    return PreparedSplit(s, videos._replace(frames=half(videos.frames), clips=half(videos.clips)), queries._replace(tokens=half(queries.tokens)))
 
 
 def assert_same(a, b):
@@ -115,10 +118,10 @@ def test_the_size_of_a_chunk_does_not_matter(tmp_path, chunk):
         assert_close(x, y, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
 
 
-UNRELATED = dict(variant="released", epochs=3, batch=7, lr=1e-3, warmup=0.5, weight_decay=0., patience=2, seed=1, hidden=8, heads=2, drop=0., sft_factor=1.,
-                 margin=0.3, loss_factor_clip=1., loss_factor_frame=1., hard_negative_epoch=1, hard_pool_size=3, clip_weight=0.5, tcpl=False,
-                 lambda_e=1., lambda_a=1., tcpl_average="off_diagonal", cbva=False, lambda_cbva=1., cbva_similarity="cosine", cbva_normalisation="softmax")
-RELATED = dict(merge_schedule=(16, 12, 8), merge_similarity="cosine", uniform_clips=True, adaptive=False, tau=0.5, omega_closure=False, segment_levels=(4, 3), precision="bf16")
+UNRELATED = dict(variant="released", epochs=3, batch_size=7, lr=1e-3, warmup_ratio=0.5, weight_decay=0., patience=2, seed=1, hidden_size=8, heads=2, dropout=0., sft_factor=1.,
+                 margin=0.3, loss_factor_clip=1., loss_factor_frame=1., hard_negative_start_epoch=1, hard_pool_size=3, clip_score_weight=0.5, tcpl=False,
+                 lambda_distance=1., lambda_angle=1., tcpl_average="off_diagonal", cbva=False, lambda_cbva=1., cbva_similarity="cosine", cbva_normalisation="softmax")
+RELATED = dict(merge_schedule=(16, 12, 8), merge_similarity="cosine", uniform_clips=True, adaptive=False, tau=0.5, transitive_closure=False, segment_levels=(4, 3), precision="bf16")
 
 
 def test_every_setting_is_called_related_or_unrelated():
@@ -335,7 +338,7 @@ def test_no_place_at_all_is_said_with_the_room_and_the_remedy(tmp_path, monkeypa
 
 PREPARE = f"""
 import sys, time
-import prvr_nb.prepared as prepared
+import prvr_nb.data.prepared as prepared
 from prvr_nb.config import published_config
 slow = float(sys.argv[2])
 real = prepared.prepare_videos
@@ -500,7 +503,7 @@ def test_the_work_of_a_batch_does_not_grow_with_the_corpus():
         videos = Videos(torch.zeros(n, 4, 1), torch.zeros(n, 2, 1), torch.ones(n, 2), torch.zeros(n, 4, dtype=torch.long), torch.zeros(n, 2, dtype=torch.long), torch.zeros(n))
         queries = pack_queries([np.ones((2, 1), np.float32)] * (3 * n), np.arange(3 * n) % n)
         with Largest() as seen:
-            Corpus(None, videos, queries).batch([7, 2])
+            PreparedSplit(None, videos, queries).batch([7, 2])
         sizes.append(seen.numel)
     assert sizes[0] == sizes[1] <= 3 * 2 * 2 * 2
 

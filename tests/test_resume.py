@@ -18,18 +18,23 @@ import pytest
 import test_golden
 import torch
 
-import prvr_nb.training
+import prvr_nb.training.loop
 from prvr_nb.cli import train_command
-from prvr_nb.config import UserError, published_config
-from prvr_nb.corpus import corpus_paths
-from prvr_nb.distributed import DataOrder
-from prvr_nb.model import PRVRModel, load_checkpoint, to_released
-from prvr_nb.prepared import prepare
-from prvr_nb.resume import Progress, only_process, read_state, trim_history
-from prvr_nb.toy import write_toy
-from prvr_nb.training import BertAdam, Keeper, Run, all_losses, build_run, compile_encoders, step_losses, train, update
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import corpus_paths
+from prvr_nb.training.distributed import DataOrder
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import load_checkpoint, to_released
+from prvr_nb.data.prepared import prepare
+from prvr_nb.training.resume import TrainState, read_state
+from prvr_nb.training.runs import only_process, trim_history
+from prvr_nb.data.toy import write_toy
+from prvr_nb.method.model import compute_losses
+from prvr_nb.training.loop import Checkpointer, Run, build_run, compile_encoders, step_losses, train, update
+from prvr_nb.training.optimizer import BertAdam
 
-TINY = dict(hidden=16, heads=2, epochs=3, batch=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5), lr=2e-3, seed=3, hard_negative_epoch=1)
+TINY = dict(hidden_size=16, heads=2, epochs=3, batch_size=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5), lr=2e-3, seed=3, hard_negative_start_epoch=1)
 FILES = "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors"
 
 
@@ -60,14 +65,14 @@ def train_here(root, out, settings, seconds=0., resume=True):
 
 def interrupt_after(n, monkeypatch):
     "Ctrl-C right after the n-th save of a state."
-    saves, save = [], prvr_nb.training.save_state
+    saves, save = [], prvr_nb.training.loop.save_state
 
     def stop(*arguments):
         save(*arguments)
         saves.append(1)
         if len(saves) == n:
             raise KeyboardInterrupt
-    monkeypatch.setattr(prvr_nb.training, "save_state", stop)
+    monkeypatch.setattr(prvr_nb.training.loop, "save_state", stop)
 
 
 def content(out):
@@ -274,7 +279,7 @@ def test_half_a_file_aside_is_never_loaded(stopped, root, whole):
 
 
 def test_other_settings_are_refused(stopped, root, capsys):
-    for flags, words in (["--lr", "0.5"], "lr 0.002"), (["--epochs", "9"], "epochs 3"), (["--no-tcpl", "--batch", "3"], "batch 6, tcpl True"):
+    for flags, words in (["--lr", "0.5"], "lr 0.002"), (["--epochs", "9"], "epochs 3"), (["--no-tcpl", "--batch", "3"], "batch_size 6, tcpl True"):
         resume_fails(stopped, root, capsys, "other settings", words, flags=flags)
     (stopped / "config.json").unlink()  # the state remembers
     resume_fails(stopped, root, capsys, "last.safetensors was started with other settings", "epochs 3", "hidden 16")
@@ -356,8 +361,8 @@ def test_a_full_disk(stopped, root, whole, tmp_path):
 # ---------------------------------------------------------------- numbers that are not finite
 
 def spoil(steps, how):
-    "all_losses whose TCPL term, or its gradient, is not finite in some calls."
-    losses_of, calls = all_losses, []
+    "compute_losses whose TCPL term, or its gradient, is not finite in some calls."
+    losses_of, calls = compute_losses, []
 
     def spoiled(model, e, batch, config, epoch):
         losses = losses_of(model, e, batch, config, epoch)
@@ -371,7 +376,7 @@ def spoil(steps, how):
 @pytest.mark.parametrize("how, term", [("loss", "tcpl, gradient"), ("gradient", "gradient")])
 @pytest.mark.parametrize("seconds", [0., 1e9])
 def test_a_number_that_is_not_finite_stops(root, tmp_path, monkeypatch, how, term, seconds):
-    monkeypatch.setattr(prvr_nb.training, "all_losses", spoil({6}, how))
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", spoil({6}, how))
     with pytest.raises(UserError) as caught:
         train_here(root, tmp_path / "run", {}, seconds)
     corpus, = prepare(root, config(), ("train",), quiet=True)
@@ -380,14 +385,14 @@ def test_a_number_that_is_not_finite_stops(root, tmp_path, monkeypatch, how, ter
     assert "--lr" in str(caught.value) and "--nonfinite skip" in str(caught.value)
     assert place(tmp_path / "run") == (6 if seconds == 0 else 4)  # the state before the damage
     assert all(t.isfinite().all() for t in read_state(tmp_path / "run" / "last.safetensors")[0].values())
-    monkeypatch.setattr(prvr_nb.training, "all_losses", spoil({2 if seconds else 0}, how))
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", spoil({2 if seconds else 0}, how))
     train_here(root, tmp_path / "run", dict(nonfinite="skip"))  # as the message says
     assert [line.get("skipped_steps") for line in history_of(tmp_path / "run")] == [None, [2], None]
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_steps_are_left_out(root, tmp_path, monkeypatch, how):
-    monkeypatch.setattr(prvr_nb.training, "all_losses", spoil({0, 3, 6}, how))
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", spoil({0, 3, 6}, how))
     train_here(root, tmp_path / "run", dict(nonfinite="skip"))
     history = history_of(tmp_path / "run")
     assert [line.get("skipped_steps") for line in history] == [[0, 3], [2], None]
@@ -400,7 +405,7 @@ def test_a_broken_state_is_never_saved(root, tmp_path):
     "As on a GPU, where nobody has looked at the numbers before the save is due."
     train_set, = prepare(root, config(), ("train",), quiet=True)
     run, progress = build_run(config(), train_set, tmp_path)
-    keeper = Keeper(run, progress, tmp_path / "last.safetensors", 0.)
+    keeper = Checkpointer(run, progress, tmp_path / "last.safetensors", 0.)
     for number, value in enumerate((1., math.nan, 1.)):
         progress.add({"clip_nce": torch.tensor(1.), "gradient": torch.tensor(value)})
         progress.step += 1
@@ -419,7 +424,7 @@ def test_skipping_changes_nothing_when_all_is_finite(root, whole, tmp_path):
 
 
 def test_skipped_steps_survive_a_kill(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(prvr_nb.training, "all_losses", spoil({1}, "loss"))
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", spoil({1}, "loss"))
     interrupt_after(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train_here(root, tmp_path / "run", dict(nonfinite="skip"))
@@ -429,7 +434,7 @@ def test_skipped_steps_survive_a_kill(root, tmp_path, monkeypatch):
 
 
 def test_nothing_but_broken_steps(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(prvr_nb.training, "all_losses", spoil(range(100), "loss"))
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", spoil(range(100), "loss"))
     with pytest.raises(UserError, match="epoch 0: no step had finite losses"):
         train_here(root, tmp_path / "run", dict(nonfinite="skip"))
 
@@ -451,7 +456,7 @@ def golden_step(held, bf16=False, compiled=False):
         compile_encoders(model, torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         e = model(batch)
-    losses = all_losses(model, type(e)(*(x.float() for x in e)), batch, settings, 0)
+    losses = compute_losses(model, type(e)(*(x.float() for x in e)), batch, settings, 0)
     sum(losses.values()).backward()
     gradients = to_released({name: p.grad for name, p in model.named_parameters()})
     pairs = [(gradients[key.removeprefix("grad/")], value) for key, value in held.items() if key.startswith("grad/")]
@@ -468,7 +473,7 @@ def test_golden_values_in_bf16(held):
 @pytest.fixture
 def eager_backend(monkeypatch):
     "torch.compile as far as it can go without a C++ compiler: traced and differentiated as a graph, executed by PyTorch."
-    monkeypatch.setattr(prvr_nb.training.shutil, "which", lambda name: "/usr/bin/c++")
+    monkeypatch.setattr(prvr_nb.training.loop.shutil, "which", lambda name: "/usr/bin/c++")
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
 
@@ -497,7 +502,7 @@ def last_losses(out):
 
 def test_runs_in_other_arithmetic_agree(root, tmp_path, eager_backend):
     for name, settings in {"plain": {}, "compile": dict(compile=True), "bf16": dict(precision="bf16")}.items():
-        train_here(root, tmp_path / name, dict(epochs=1, lr=2e-4, drop=0., **settings), 1e9)
+        train_here(root, tmp_path / name, dict(epochs=1, lr=2e-4, dropout=0., **settings), 1e9)
     plain = last_losses(tmp_path / "plain")
     assert last_losses(tmp_path / "compile") == pytest.approx(plain, rel=1e-4)
     assert last_losses(tmp_path / "bf16") == pytest.approx(plain, rel=0.03) != pytest.approx(plain, rel=1e-5)
@@ -515,7 +520,7 @@ def test_a_bf16_run_goes_on(root, tmp_path, monkeypatch):
 
 
 def test_compile_without_a_compiler(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(prvr_nb.training.shutil, "which", lambda name: None)
+    monkeypatch.setattr(prvr_nb.training.loop.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="compile: no C.. compiler was found for cpu; install it or leave --compile out"):
         train_here(root, tmp_path / "run", dict(compile=True))
 
@@ -527,20 +532,20 @@ class OnlyClips(BertAdam):
     def __init__(self, groups): torch.optim.Optimizer.__init__(self, groups, dict(lr=0.1)); self.max_norm = 1.
 
 
-def step_without_numbers(root, monkeypatch, losses_of=all_losses, nonfinite="stop"):
+def step_without_numbers(root, monkeypatch, losses_of=compute_losses, nonfinite="stop"):
     "One training step with everything that a GPU would hold on the device 'meta', which has shapes and no numbers: asking for one is an error."
-    settings = config(hard_negative_epoch=0, drop=0.2, nonfinite=nonfinite)
+    settings = config(hard_negative_start_epoch=0, dropout=0.2, nonfinite=nonfinite)
     corpus, = prepare(root, settings, ("train",), quiet=True)
     meta = torch.device("meta")
     there = corpus._replace(videos=type(corpus.videos)(*(x.to(meta) for x in corpus.videos)), queries=corpus.queries._replace(tokens=corpus.queries.tokens.to(meta)))
     model = PRVRModel(settings, 64, 64).to(meta).train()
-    optimizer = OnlyClips(prvr_nb.training.parameter_groups(model))
+    optimizer = OnlyClips(prvr_nb.training.optimizer.parameter_groups(model))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    monkeypatch.setattr(prvr_nb.training, "all_losses", losses_of)
+    monkeypatch.setattr(prvr_nb.training.loop, "compute_losses", losses_of)
     accelerator = SimpleNamespace(device=meta, process_index=0, backward=lambda loss: loss.backward(), unwrap_model=lambda m: m)
-    run, progress = Run(model, optimizer, None, accelerator, there, DataOrder(20, 6, 0), settings), Progress()
+    run, progress = Run(model, optimizer, None, accelerator, there, DataOrder(20, 6, 0), settings), TrainState()
     steps = run.order.epoch(0)[:1]
-    for shares, batch in zip(steps, prvr_nb.training.load_batches(run, steps)):
+    for shares, batch in zip(steps, prvr_nb.training.loop.load_batches(run, steps)):
         progress.add(update(run, step_losses(run, batch, shares, progress)))
     return progress.values
 
@@ -558,7 +563,7 @@ WAITS = {"item": lambda x: x.sum().item(), "if": lambda x: 1 if x.sum() > 0 else
 def test_waiting_would_be_noticed(root, monkeypatch, name):
     def waiting(model, e, batch, config, epoch):
         WAITS[name](e.queries)
-        return all_losses(model, e, batch, config, epoch)
+        return compute_losses(model, e, batch, config, epoch)
     with pytest.raises((RuntimeError, NotImplementedError)):
         step_without_numbers(root, monkeypatch, waiting)
 

@@ -15,18 +15,28 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
-from prvr_nb import search as module
-from prvr_nb.config import UserError, published_config
-from prvr_nb.corpus import Moment, corpus_paths, read_moments
-from prvr_nb.evaluation import embed, retrieval_ranks
-from prvr_nb.model import PRVRModel, save_checkpoint, to_released
-from prvr_nb.prepared import prepare
-from prvr_nb.search import (Embedder, Searcher, TextEncoder, VideoIndex, build_index, check_text, clock, describe_text, find_moments, find_stretch, inside,
-                            judge_moments, moment_metrics, moment_text, open_all, open_checkpoint, open_searcher, open_text, overlap, pack_moments, search, search_command, search_latency,
-                            strip_text, text_encoder, token_times, top_k, toy_seed, video_bytes)
-from prvr_nb.toy import ToyWorld, sentence_features, write_toy
+from prvr_nb.videos import index as module
+from prvr_nb.config import published_config
+from prvr_nb.files import UserError
+from prvr_nb.data.corpus import Moment, corpus_paths, read_moments
+from prvr_nb.evaluation.embeddings import embed
+from prvr_nb.evaluation.metrics import retrieval_ranks
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import save_checkpoint, to_released
+from prvr_nb.data.prepared import prepare
+from prvr_nb.cli import search_command, strip_text
+from prvr_nb.data.toy import toy_seed
+from prvr_nb.speed import search_latency
+from prvr_nb.training.checkpoints import open_checkpoint
+from prvr_nb.videos.embedder import Embedder, TextEncoder, check_text, describe_text, open_text, text_encoder
+from prvr_nb.videos.index import VideoIndex, build_index, open_all, video_bytes
+from prvr_nb.videos.moments import (
+    clock, find_moments, localize_moment, inside, moment_metrics, temporal_iou, pack_moments, token_times,
+)
+from prvr_nb.videos.search import Searcher, evaluate_moments, moment_text, open_searcher, search, top_k
+from prvr_nb.data.toy import ToyWorld, sentence_features, write_toy
 
-CONFIG = published_config("toy", merge_schedule=(16, 10, 8), hidden=16, heads=2, drop=0.)
+CONFIG = published_config("toy", merge_schedule=(16, 10, 8), hidden_size=16, heads=2, dropout=0.)
 N_TRAIN, N_VAL = 12, 14
 
 
@@ -85,7 +95,7 @@ def walk(curve, fraction):
 def test_stretch_equals_a_walk(length):
     curves = torch.randint(-8, 8, (300, length), generator=torch.Generator().manual_seed(length)).float() / 4
     for fraction in (0, 0.25, 0.5, 0.75, 1):
-        assert list(zip(*(x.tolist() for x in find_stretch(curves, fraction)))) == [walk(curve, fraction) for curve in curves.tolist()]
+        assert list(zip(*(x.tolist() for x in localize_moment(curves, fraction)))) == [walk(curve, fraction) for curve in curves.tolist()]
 
 
 @pytest.mark.parametrize("curve, fraction, want", [
@@ -98,20 +108,20 @@ def test_stretch_equals_a_walk(length):
     ([0, 6, 4, 7, 0, 0, 0], 0.5, (1, 3, 3)),
 ])
 def test_stretch_by_hand(curve, fraction, want):
-    assert tuple(x.item() for x in find_stretch(torch.tensor([curve]).float(), fraction)) == want
+    assert tuple(x.item() for x in localize_moment(torch.tensor([curve]).float(), fraction)) == want
 
 
 def test_the_peak_belongs_to_its_moment():
     curves = torch.rand(2000, 31, generator=torch.Generator().manual_seed(0))
     for fraction in (0.1, 0.3, 0.7, 0.9, 1):
-        first, last, peak = find_stretch(curves, fraction)
+        first, last, peak = localize_moment(curves, fraction)
         assert ((first <= peak) & (peak <= last)).all()
-    assert (find_stretch(curves, 1)[0] == curves.argmax(1)).all()
+    assert (localize_moment(curves, 1)[0] == curves.argmax(1)).all()
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_fraction_outside_its_range(fraction):
-    with pytest.raises(UserError, match="fraction"): find_stretch(torch.rand(1, 4), fraction)
+    with pytest.raises(UserError, match="fraction"): localize_moment(torch.rand(1, 4), fraction)
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 3, 15, 16, 17, 40, 200])
@@ -131,7 +141,7 @@ def test_find_moments_by_hand():
 def test_overlap_and_inside_by_hand():
     truth = torch.tensor([[[4., 8], [2, 2]]])
     windows = [(4, 8, 1), (2, 6, 1 / 3), (0, 4, 0), (8, 9, 0), (5, 6, 1 / 4), (0, 16, 1 / 4)]
-    iou = overlap(*(torch.tensor([[float(w[i]) for w in windows]]) for i in (0, 1)), truth)
+    iou = temporal_iou(*(torch.tensor([[float(w[i]) for w in windows]]) for i in (0, 1)), truth)
     assert iou[0].tolist() == pytest.approx([w[2] for w in windows])
     assert inside(torch.tensor([[4., 7.99, 8, 2, 0]]), truth).tolist() == [[True, True, False, False, False]]
 
@@ -270,8 +280,8 @@ def test_judge_moments_agrees_with_the_curves(index, embedder, root):
     clips = torch.einsum("qd,qld->ql", e.queries, e.clips[video]).gather(1, corpus.videos.frame_to_clip[video])
     truth = [annotated[c.video, c.sentence] for c in corpus.split.captions]
     want = moment_metrics(0.4 * clips + 0.6 * frames, torch.tensor([int(t[0].duration) for t in truth]), truth)
-    assert judge_moments(index, embedder, root, "toy") == pytest.approx(want, abs=0.2)
-    with pytest.raises(UserError, match="no annotated moments"): judge_moments(index, embedder, root, "toy", "train") # none of its videos is here
+    assert evaluate_moments(index, embedder, root, "toy") == pytest.approx(want, abs=0.2)
+    with pytest.raises(UserError, match="no annotated moments"): evaluate_moments(index, embedder, root, "toy", "train") # none of its videos is here
 
 
 # ---------------------------------------------------------------- what an index survives
@@ -333,8 +343,8 @@ def test_a_reader_who_comes_while_files_are_replaced(index, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from prvr_nb import search
-from prvr_nb.model import load_checkpoint
+from prvr_nb.videos import index as search
+from prvr_nb.training.checkpoints import load_checkpoint
 write, count = search.write_shard, []
 def dying(*args):
     name = write(*args)
@@ -409,8 +419,8 @@ def test_another_checkpoint_is_refused(index, root, embedder):
     for other in Embedder(make_model(1)), Embedder(make_model(), replace(CONFIG, uniform_clips=True)), Embedder(None, CONFIG):
         with pytest.raises(UserError, match="another checkpoint"): Searcher(index, other, text_encoder(root, "toy"))
         with pytest.raises(UserError, match="another checkpoint"): index.append(other, root, "toy", "train", quiet=True)
-        with pytest.raises(UserError, match="another checkpoint"): judge_moments(index, other, root, "toy")
-    Searcher(index, Embedder(make_model(), replace(CONFIG, clip_weight=0.1, epochs=3)), text_encoder(root, "toy")) # what changes no embedding may differ
+        with pytest.raises(UserError, match="another checkpoint"): evaluate_moments(index, other, root, "toy")
+    Searcher(index, Embedder(make_model(), replace(CONFIG, clip_score_weight=0.1, epochs=3)), text_encoder(root, "toy")) # what changes no embedding may differ
 
 
 def test_damaged_shards_are_refused(index):
@@ -445,7 +455,7 @@ def test_requests_that_make_no_sense(index, embedder, root):
     assert searcher.search([]) == []
     with pytest.raises(UserError, match="k is 0"): searcher.search(["a man"], 0)
     for weight in (-0.1, 1.1):
-        with pytest.raises(UserError, match="clip weight"): searcher.search(["a man"], clip_weight=weight)
+        with pytest.raises(UserError, match="clip weight"): searcher.search(["a man"], clip_score_weight=weight)
     with pytest.raises(UserError, match="fraction"): searcher.search(["a man"], fraction=2)
     with pytest.raises(UserError, match="different spaces"): search(index, ask(1, 17))
     with pytest.raises(UserError, match="dtype"): build_index(index.folder / "x", embedder, root, dtype="fp8")
@@ -494,7 +504,9 @@ def own(tmp_path_factory):
     av = pytest.importorskip("av")
     assert av
     from PIL import Image
-    from prvr_nb.features import extract_videos, write_tiny_clip, write_video
+    from prvr_nb.videos.clip import write_tiny_clip
+    from prvr_nb.videos.features import extract_videos
+    from prvr_nb.videos.frames import write_video
     folder = tmp_path_factory.mktemp("own")
     (folder / "videos").mkdir()
     for number, colour in enumerate(["red", "green", "blue"]): write_video(folder / "videos" / f"{colour}.mp4", [Image.new("RGB", (48, 48), colour)] * (4 + 2 * number), rate=1)
@@ -515,7 +527,7 @@ def test_videos_without_captions(own, tmp_path, capsys):
 
 
 def test_the_text_model_is_checked(own, tmp_path):
-    from prvr_nb.features import write_tiny_clip
+    from prvr_nb.videos.clip import write_tiny_clip
     build_index(tmp_path / "index", Embedder(None, published_config("mine")), own / "data", "mine", quiet=True)
     other = write_tiny_clip(tmp_path / "other", ["a red film"], seed=1)
     with pytest.raises(UserError, match="not the text encoder"): open_searcher(tmp_path / "index", text_model=str(other))
@@ -528,7 +540,7 @@ def test_the_text_model_is_checked(own, tmp_path):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_a_pack_that_does_not_name_its_text_model(own, tmp_path, raw):
-    from prvr_nb.features import encode_text, load_encoder, write_tiny_clip
+    from prvr_nb.videos.clip import encode_text, load_encoder, write_tiny_clip
     encoder = load_encoder(str(own / "clip"), "cpu")
     paths = corpus_paths(tmp_path, "pack", "val")
     for path in paths: path.parent.mkdir(parents=True, exist_ok=True)

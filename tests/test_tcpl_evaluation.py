@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from prvr_nb.tcpl import angle_cosines, angle_loss, angle_tile, distance_loss, gram, inverse_distances, pairs, tcpl_loss, tiles
+from prvr_nb.method.tcpl import (
+    angle_cosines, angle_loss, angle_tile, distance_loss, gram, inverse_distances, pairs, tcpl_loss, tiles,
+)
 
 
 def rand(*shape, seed=0):
@@ -174,7 +176,7 @@ def test_bad_input():
 
 MEASURE = """
 import sys, torch
-from prvr_nb.tcpl import tcpl_loss
+from prvr_nb.method.tcpl import tcpl_loss
 torch.set_num_threads(1)
 q = int(sys.argv[1])
 def step(q):

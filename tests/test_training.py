@@ -10,28 +10,34 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from prvr_nb.experiments import ROWS
-from prvr_nb.config import (PAPER, PUBLISHED, Config, UserError, make_config, next_length, paper_schedule, published_config,
-                            read_config, schedule_problems, write_json)
-from prvr_nb.distributed import DataOrder, step_seed
-from prvr_nb.evaluation import evaluate
-from prvr_nb.model import PRVRModel, load_checkpoint, released_names
-from prvr_nb.prepared import prepare
-from prvr_nb.resume import Progress
-from prvr_nb.toy import write_toy
-from prvr_nb.training import (BertAdam, Run, all_losses, make_optimizer, make_schedule, parameter_groups, slices, start_run, train, train_epoch,
-                              warmup_linear)
+from prvr_nb.evidence.experiments import ROWS
+from prvr_nb.config import (
+    Config, PAPER, PUBLISHED, make_config, next_length, paper_schedule, published_config, read_config,
+    schedule_problems,
+)
+from prvr_nb.files import UserError, write_json
+from prvr_nb.training.distributed import DataOrder, step_seed
+from prvr_nb.evaluation.rows import evaluate
+from prvr_nb.method.model import PRVRModel
+from prvr_nb.training.checkpoints import load_checkpoint, released_names
+from prvr_nb.data.prepared import prepare
+from prvr_nb.training.resume import TrainState
+from prvr_nb.data.toy import write_toy
+from prvr_nb.method.model import compute_losses
+from prvr_nb.training.loop import Run, train, train_epoch
+from prvr_nb.training.optimizer import BertAdam, make_optimizer, make_schedule, parameter_groups, slices, warmup_linear
+from prvr_nb.training.runs import start_run
 
 ROW_KEYS = {"name", "r1", "r5", "r10", "r100", "sum_r", "text_intra", "text_total", "text_diff_norm",
             "video_intra", "video_total", "video_diff_norm", "spearman"}
-TINY = dict(hidden=16, heads=2, epochs=2, batch=6, merge_schedule=(32, 20, 16), seed=3)
+TINY = dict(hidden_size=16, heads=2, epochs=2, batch_size=6, merge_schedule=(32, 20, 16), seed=3)
 
 
 # ---------------------------------------------------------------- configuration
 
-WRONG = [("epochs", 0), ("batch", 0), ("lr", 0.), ("hidden", -4), ("heads", 0), ("sft_factor", 0.), ("patience", 0), ("hard_pool_size", 0),
-         ("drop", -0.1), ("drop", 1.), ("warmup", 1.5), ("clip_weight", 1.1), ("weight_decay", -1.), ("margin", -0.1), ("loss_factor_clip", -1.),
-         ("loss_factor_frame", -1.), ("hard_negative_epoch", -1), ("lambda_e", -1.), ("lambda_a", -1.), ("lambda_cbva", -1.), ("seed", -1),
+WRONG = [("epochs", 0), ("batch_size", 0), ("lr", 0.), ("hidden_size", -4), ("heads", 0), ("sft_factor", 0.), ("patience", 0), ("hard_pool_size", 0),
+         ("dropout", -0.1), ("dropout", 1.), ("warmup_ratio", 1.5), ("clip_score_weight", 1.1), ("weight_decay", -1.), ("margin", -0.1), ("loss_factor_clip", -1.),
+         ("loss_factor_frame", -1.), ("hard_negative_start_epoch", -1), ("lambda_distance", -1.), ("lambda_angle", -1.), ("lambda_cbva", -1.), ("seed", -1),
          ("seed", 2**32), ("tau", 1.2), ("variant", "mine"), ("precision", "fp8"), ("merge_similarity", "l2"), ("tcpl_average", "half"),
          ("cbva_similarity", "dot"), ("cbva_normalisation", "max"), ("merge_schedule", (128, 32)), ("merge_schedule", ()),
          ("merge_schedule", (32, 40)), ("segment_levels", (32, 8)), ("segment_levels", (20, 0))]
@@ -61,19 +67,19 @@ def test_values_as_a_hand_edited_file_may_hold_them(name, value):
 
 def test_everything_wrong_is_said_at_once():
     with pytest.raises(UserError) as caught:
-        Config(lr=-1., margin=-1., precision="fp8", hidden=30, merge_schedule=(128, 32), epochs="many")
-    for name in "lr", "margin", "precision", "hidden", "merge_schedule", "epochs":
+        Config(lr=-1., margin=-1., precision="fp8", hidden_size=30, merge_schedule=(128, 32), epochs="many")
+    for name in "lr", "margin", "precision", "hidden_size", "merge_schedule", "epochs":
         assert name in str(caught.value)
 
 
 def test_hidden_is_a_multiple_of_heads():
     with pytest.raises(UserError, match="hidden is 30, not a multiple of heads = 4"):
-        Config(hidden=30)
-    assert Config(hidden=32).hidden == 32
+        Config(hidden_size=30)
+    assert Config(hidden_size=32).hidden_size == 32
 
 
 def test_limits_that_are_allowed():
-    Config(warmup=0., drop=0., clip_weight=1., margin=0., weight_decay=0., lambda_cbva=0., lambda_a=0, seed=0, hard_negative_epoch=0, tau=-1.)
+    Config(warmup_ratio=0., dropout=0., clip_score_weight=1., margin=0., weight_decay=0., lambda_cbva=0., lambda_angle=0, seed=0, hard_negative_start_epoch=0, tau=-1.)
 
 
 def test_unknown_names_are_refused():
@@ -92,18 +98,18 @@ def test_published_values():
     assert rows.keys() == PUBLISHED.keys()
     for name, row in rows.items():
         c = published_config(name)
-        assert (c.lr, c.margin, c.drop, c.sft_factor, c.loss_factor_clip, c.loss_factor_frame, c.tau) == row
-        assert (c.dataset, c.batch, c.epochs, c.patience, c.seed, c.hidden, c.heads, c.weight_decay, c.warmup) == (name, 128, 100, 10, 9527, 384, 4, 0.01, 0.01)
-        assert (c.lambda_e, c.lambda_a, c.lambda_cbva, c.clip_weight, c.hard_negative_epoch, c.hard_pool_size) == (15, 30, 0.1, 0.4, 20, 20)
+        assert (c.lr, c.margin, c.dropout, c.sft_factor, c.loss_factor_clip, c.loss_factor_frame, c.tau) == row
+        assert (c.dataset, c.batch_size, c.epochs, c.patience, c.seed, c.hidden_size, c.heads, c.weight_decay, c.warmup_ratio) == (name, 128, 100, 10, 9527, 384, 4, 0.01, 0.01)
+        assert (c.lambda_distance, c.lambda_angle, c.lambda_cbva, c.clip_score_weight, c.hard_negative_start_epoch, c.hard_pool_size) == (15, 30, 0.1, 0.4, 20, 20)
         assert c.merge_schedule == (128, 80, 52, 32) and c.levels == (32, 20, 12, 8, 5)
 
 
 def test_variants_differ_in_the_seven_options():
     released, paper = asdict(published_config("tvr")), asdict(published_config("tvr", "paper"))
-    assert {k for k in released if released[k] != paper[k]} == {"variant", "merge_similarity", "merge_schedule", "omega_closure", "segment_levels",
+    assert {k for k in released if released[k] != paper[k]} == {"variant", "merge_similarity", "merge_schedule", "transitive_closure", "segment_levels",
                                                                 "cbva_similarity", "cbva_normalisation", "tcpl_average"}
     assert paper["merge_schedule"] == (128, 80, 50, 32) and paper["segment_levels"] == (32, 20, 12, 8, 6, 5)
-    assert published_config("tvr", "paper", omega_closure=True).omega_closure
+    assert published_config("tvr", "paper", transitive_closure=True).transitive_closure
 
 
 def test_a_configuration_is_frozen_and_survives_a_file(tmp_path):
@@ -251,7 +257,7 @@ def fresh_run(config, corpus, steps=6):
     torch.manual_seed(0)
     model = PRVRModel(config, 64, 64)
     optimizer = make_optimizer(model, config)
-    return Run(model, optimizer, make_schedule(optimizer, config, steps), Accelerator(), corpus, DataOrder(len(corpus.split.videos), config.batch, config.seed), config)
+    return Run(model, optimizer, make_schedule(optimizer, config, steps), Accelerator(), corpus, DataOrder(len(corpus.split.videos), config.batch_size, config.seed), config)
 
 
 def test_the_first_step_moves_nothing(root):
@@ -263,17 +269,17 @@ def test_the_first_step_moves_nothing(root):
     before = [p.detach().clone() for p in model.parameters()]
     for moved in False, True:
         optimizer.zero_grad()
-        sum(all_losses(model, model(batch), batch, config, 0).values()).backward()
+        sum(compute_losses(model, model(batch), batch, config, 0).values()).backward()
         optimizer.step()
         schedule.step()
         assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters())) is moved
 
 
 def test_an_epoch_is_a_plain_loop(root):
-    config = published_config("toy", **{**TINY, "drop": 0., "lr": 1e-3, "batch": 7})
+    config = published_config("toy", **{**TINY, "dropout": 0., "lr": 1e-3, "batch_size": 7})
     corpus, = prepare(root, config, ("train",), quiet=True)
     first, second = fresh_run(config, corpus), fresh_run(config, corpus).model
-    progress = Progress(epoch=1)
+    progress = TrainState(epoch=1)
     means = train_epoch(first, progress)
     assert (progress.epoch, progress.step, len(progress.values)) == (1, 3, 3)
     optimizer = make_optimizer(second, config)
@@ -284,7 +290,7 @@ def test_an_epoch_is_a_plain_loop(root):
         batch = corpus.batch(videos)
         e = second(batch)
         torch.manual_seed(step_seed(3, 1, step, 0))  # random negatives
-        losses = all_losses(second, e, batch, config, 1)
+        losses = compute_losses(second, e, batch, config, 1)
         for p, g in zip(second.parameters(), torch.autograd.grad(sum(losses.values()), list(second.parameters()))):
             p.grad = g
         optimizer.step()
@@ -397,7 +403,7 @@ def test_every_row_and_option_trains_a_step(name, root):
     model = PRVRModel(config, 64, 64)
     optimizer = make_optimizer(model, config)
     batch = next(iter(DataLoader(range(6), 6, collate_fn=corpus.batch)))
-    losses = all_losses(model, model(batch), batch, config, 0)
+    losses = compute_losses(model, model(batch), batch, config, 0)
     assert ("tcpl" in losses, "cbva" in losses) == (config.tcpl, config.cbva)
     sum(losses.values()).backward()
     before = [p.detach().clone() for p in model.parameters()]
@@ -407,14 +413,14 @@ def test_every_row_and_option_trains_a_step(name, root):
     trained = [not torch.equal(a, b) for a, b in zip(before, after)]
     idle = {n for n, p in model.named_parameters() if p.grad is None}
     assert sum(trained) == len(after) - len(idle)
-    assert idle == (set() if config.cbva and config.cbva_similarity == "projected_dot" else {"project.weight", "project.bias"})
+    assert idle == (set() if config.cbva and config.cbva_similarity == "projected_dot" else {"cbva_projection.weight", "cbva_projection.bias"})
 
 
 def test_precision_may_change_within_a_process(tmp_path):
     write_toy(tmp_path, n_train=8, n_val=4)
     losses = {}
     for name in "fp32", "bf16", "fp32 again":
-        config = published_config("toy", epochs=1, hidden=16, heads=2, merge_schedule=(16, 8), drop=0., precision=name[:4])
+        config = published_config("toy", epochs=1, hidden_size=16, heads=2, merge_schedule=(16, 8), dropout=0., precision=name[:4])
         train(config, tmp_path, tmp_path / name, quiet=True)
         losses[name] = json.loads((tmp_path / name / "history.jsonl").read_text())["loss"]
     assert losses["fp32"] == losses["fp32 again"] != losses["bf16"]
