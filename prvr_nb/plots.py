@@ -41,6 +41,38 @@ def colour_of(
     return PALETTE[int(index) % len(PALETTE)]
 
 
+# Boxes of the method: name → left edge, height of the middle, width. Text on top, video below, losses on the right.
+BOXES = {
+    "teacher": (0.0, 2.0, 1.2), "query": (0.0, 1.0, 1.2), "tokens": (0.0, 0.0, 1.2),
+    "frame branch": (1.7, 0.35, 1.4), "clip branch": (1.7, -0.35, 1.4), "segments": (3.6, -0.7, 1.2),
+    "scores": (3.6, 0.65, 1.2), "TCPL": (5.3, 1.5, 1.1), "L_base": (5.3, 0.65, 1.1), "CBVA": (5.3, -0.35, 1.1),
+}
+ARROWS = (("teacher", "TCPL"), ("query", "TCPL"), ("query", "scores"), ("tokens", "frame branch"), ("tokens", "clip branch"),
+          ("frame branch", "scores"), ("clip branch", "scores"), ("clip branch", "segments"), ("frame branch", "CBVA"),
+          ("segments", "CBVA"), ("scores", "L_base"))
+
+
+def method_strip(
+    *lit:str,  # names from BOXES
+) -> Figure:  # boxes and arrows
+    "The whole method in one picture, with this lesson's boxes lit."
+    unknown = [name for name in lit if name not in BOXES]
+    if unknown:
+        raise ValueError(f"no box is called {', '.join(unknown)}; the boxes are {', '.join(BOXES)}")
+    fig, ax = plt.subplots(figsize=(8, 2.2), dpi=75)
+    for start, end in ARROWS:
+        (x0, y0, width), (x1, y1, _) = BOXES[start], BOXES[end]
+        ax.annotate("", (x1 - 0.02, y1), (x0 + width + 0.02, y0), arrowprops={"arrowstyle": "->", "color": "0.5"})
+    for name, (x, y, width) in BOXES.items():
+        here = name in lit
+        ax.add_patch(FancyBboxPatch((x, y - 0.22), width, 0.44, boxstyle="round,pad=0.02", edgecolor="0.4",
+                                    facecolor=PALETTE[1] if here else "white"))
+        ax.text(x + width / 2, y, name, ha="center", va="center", fontsize=9, weight="bold" if here else "normal")
+    ax.set(xlim=(-0.1, 6.5), ylim=(-1.05, 2.35))
+    ax.axis("off")
+    return fig
+
+
 # Boxes of the pipeline and where they stand: column, row (0 is below).
 STAGES = {"features on disk": (0, 1), "resample": (1, 1), "OP-ToMe": (2, 0), "segments": (3, 0), "encoders": (3, 1), "scores": (4, 1), "losses": (5, 0), "ranking": (5, 1)}
 
