@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import Config
 from .cbva import cbva_loss
 from .encoder import GaussianBlocks, InputTokens, StackedLinear
-from .retrieval import QueryEncoder, both_scores, info_nce, triplet_loss
+from .retrieval import QueryEncoder, cosine_scores, info_nce, max_scores, triplet_loss
 from .segments import choose_level, gram_matrix, segment_labels, uniformity
 from .tcpl import tcpl_loss
 from .tokens import l2_normalise, op_tome, resample, uniform_clips
@@ -126,7 +126,7 @@ def compute_losses(
     "Every term of the training objective, already weighted."
     hard, losses = epoch >= config.hard_negative_start_epoch, {}
     for branch, tokens, factor in ("clip", e.clips, config.loss_factor_clip), ("frame", e.frames, config.loss_factor_frame):
-        raw, cosine = both_scores(e.queries, tokens)
+        raw, cosine = max_scores(e.queries, tokens), cosine_scores(e.queries, tokens)
         losses[f"{branch}_nce"] = factor * info_nce(raw, batch.video)
         losses[f"{branch}_triplet"] = triplet_loss(cosine, batch.video, config.margin, hard, config.hard_pool_size)
     if config.cbva:
