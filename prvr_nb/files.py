@@ -1,8 +1,9 @@
 """Errors for people, and files that are whole or not there."""
 import json
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,21 +13,44 @@ class UserError(ValueError):
     "A mistake that the user can mend; the message names the file or setting, what is wrong with it and the remedy."
 
 
+def _remove(path:Path):
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def replacing(
+    path:str|Path, # file to write, or folder that is not there yet
+)->Iterator[Path]: # where to write it
+    """Write aside, force to the disk, rename: a reader meets the old file or the new one, whatever is killed or full.
+
+    After an error nothing is left aside, and an OSError names the file that was to be written.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".part")
+    try:
+        _remove(aside) # of a process that was killed
+        yield aside
+        for file in filter(Path.is_file, (aside, *aside.rglob("*"))):
+            with file.open("rb+") as written:
+                os.fsync(written.fileno())
+        aside.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(aside)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        _remove(aside)
+
+
 def replace_file(
     path:str|Path, # file to write
     data:bytes, # its new content
 ):
-    "Write aside, force to the disk, rename: a reader meets the old file or the new one, whatever is killed or full; raises OSError."
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
-    finally: aside.unlink(missing_ok=True) # it is there only after a failure: a full disk gets its space back
+    "Write bytes so that a reader never meets half a file."
+    with replacing(path) as aside:
+        aside.write_bytes(data)
+
 
 def write_json(
     path:str|Path, # file to write
@@ -36,19 +60,37 @@ def write_json(
     replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def read_json(
+    path:str|Path, # file to read
+    remedy:str, # what to do when it is not there or not JSON
+):
+    "The value in a JSON file; raises UserError when there is none."
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {remedy}") from None
+    except (ValueError, RecursionError) as error: # not UTF-8, not JSON, or nested without end
+        raise UserError(f"{path} is not JSON ({error}); {remedy}") from None
+
+
 @contextmanager
 def hold_folder(
     folder:Path, # made when it is not there
     busy:str, # what to say when another process holds it
     other:str, # what to choose another of when it cannot be written
 )->Iterator:
-    "Hold a folder for one process; raises UserError when another holds it or it cannot be written. The system lets go when the process ends, however it ends."
+    "Hold a folder for one process, until it ends, however it ends; raises UserError when that is not possible."
     lock = FileLock(folder/".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout: raise UserError(f"{folder} is {busy}") from None
-    except OSError as error: raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another {other}") from None
-    except NotImplementedError: pass # a file system without locks
-    try: yield
-    finally: lock.release()
+    except Timeout:
+        raise UserError(f"{folder} is {busy}") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); choose another {other}") from None
+    except NotImplementedError:
+        pass # a file system without locks
+    try:
+        yield
+    finally:
+        lock.release()
