@@ -1,39 +1,57 @@
-# Each target makes its own virtual environment (.venv) the first time; Python ≥ 3.11 is all that is needed.
+# Each target makes its own virtual environment the first time; Python ≥ 3.11 is all that is needed.
+# Another Python gets an environment of its own: make test PYTHON=python3.12
 PYTHON ?= python3
-BIN := .venv/bin
+PORT ?= 8866
+VENV := .venv$(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
+BIN := $(VENV)/bin
 
-.PHONY: demo test lab app notebooks docs clean
+.PHONY: demo test browser lint lab app notebooks docs wheel clean
 
-demo: .venv/ready  ## train baseline and full method on the toy corpus and compare them
-	$(BIN)/prvr_demo
+demo: $(VENV)/ready  ## train baseline and full method on the toy corpus and compare them
+	OMP_NUM_THREADS=1 $(BIN)/prvr_demo
 
-test: .venv/ready  ## run all notebooks, then all tests
+test: $(VENV)/ready lint  ## run all notebooks, then all tests but those that need a browser
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_browser.py
 
-lab: .venv/ready  ## open the notebooks
+browser: $(VENV)/ready  ## the search panel in a real browser (Chromium or Chrome must be installed)
+	$(BIN)/python -m pytest -q tests/test_browser.py
+
+lint: $(VENV)/ready  ## style of notebooks, package and tests
+	$(BIN)/ruff check nbs prvr_nb tests
+
+lab: $(VENV)/ready  ## open the notebooks
 	$(BIN)/jupyter lab nbs
 
-app: .venv/ready  ## the search panel as a page on this machine; prints its address
-	$(BIN)/prvr_app
+app: $(VENV)/ready  ## the search panel as a page on this machine; prints its address
+	$(BIN)/prvr_app --port $(PORT)
 
-notebooks: .venv/ready  ## after an edit: export the package, store outputs, write README.md
+notebooks: $(VENV)/ready  ## after an edit: export the package, store outputs, write README.md
 	$(BIN)/nbdev_export
-	$(BIN)/python nbs/execute.py
+	OMP_NUM_THREADS=1 $(BIN)/python nbs/execute.py
+	$(BIN)/nbdev_clean
 	$(BIN)/python nbs/make_readme.py
 
-docs: .venv/docs  ## notebooks, API and commands as one site: _docs/html/index.html
-	$(BIN)/python nbs/docs/make_docs.py
+docs: $(VENV)/docs  ## notebooks, API and commands as one site: _docs/html/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html -c nbs/docs nbs _docs/html
+
+wheel: $(VENV)/ready  ## build a wheel, install it without extras into an empty environment, train two toy epochs with it
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	cd build/wheel && env/bin/prvr_data toy --root data
+	cd build/wheel && OMP_NUM_THREADS=1 env/bin/prvr_train --dataset toy --root data --out run --epochs 2 --hidden-size 32
 
 clean:  ## remove what the other targets made
-	rm -rf .venv _docs runs/demo runs/app data/toy build dist *.egg-info .pytest_cache
+	rm -rf .venv .venv-* _docs runs/demo runs/app data/toy build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/ready: settings.ini setup.py constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/ready: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.venv/docs: .venv/ready
+$(VENV)/docs: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
