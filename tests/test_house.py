@@ -11,7 +11,7 @@ PACKAGE = sorted(p for p in (ROOT / "prvr_nb").rglob("*.py") if p.name != "_modi
 LESSONS = sorted((ROOT / "nbs" / "method").glob("*.ipynb"))
 # Each module may import what stands to its left, and its own folder.
 ORDER = ["files plots", "config", "method", "data videos/frames videos/clip", "evaluation", "training", "evidence videos",
-         "demo panel speed app", "cli"]
+         "demo panel speed app commands", "cli"]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names.split()}
 
 

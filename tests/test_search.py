@@ -24,10 +24,11 @@ from prvr_nb.evaluation.metrics import retrieval_ranks
 from prvr_nb.method.model import PRVRModel
 from prvr_nb.training.checkpoints import save_checkpoint, to_released
 from prvr_nb.data.prepared import prepare
-from prvr_nb.cli import search_command, strip_text
+from prvr_nb.cli import search_command
 from prvr_nb.data.toy import toy_seed
 from prvr_nb.speed import search_latency
 from prvr_nb.training.checkpoints import open_checkpoint
+from prvr_nb.videos.actions import strip_text
 from prvr_nb.videos.embedder import Embedder, TextEncoder, check_text, describe_text, open_text, text_encoder
 from prvr_nb.videos.index import VideoIndex, build_index, open_all, video_bytes
 from prvr_nb.videos.moments import (
