@@ -39,7 +39,7 @@ from .data.prepared import PreparedSplit, pack_queries
 from .evaluation.rows import metrics_row
 from .evidence.experiments import machine
 from .files import UserError, write_json
-from .method.encoder import dropout
+from .training.fast import fast_dropout as dropout
 from .method.model import Batch, Embeddings, PRVRModel, Videos, compute_losses, prepare_videos
 from .method.tcpl import tcpl_loss
 from .training.distributed import DataOrder

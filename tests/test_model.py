@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import prvr_nb.training.checkpoints
 from prvr_nb.config import published_config
 from prvr_nb.files import UserError
-from prvr_nb.method.encoder import Blocks, WIDTHS, gaussian_window
 from prvr_nb.method.model import PRVRModel
 from prvr_nb.training.checkpoints import (
     build_model, from_released, load_checkpoint, load_released, save_checkpoint, to_released,
@@ -130,51 +128,11 @@ def test_model_equals_plain_oracle(overrides):
         assert_close(gradients[name], expected, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 32, 128])
-@pytest.mark.parametrize("width", sorted(WIDTHS) + [0.])
-def test_windows_are_finite_and_reach_one(width, length):
-    window = gaussian_window(width, length)
-    assert window.shape == (length, length) and window.dtype == torch.float32
-    assert ((window >= 0) & (window <= 1)).all()
-    assert_close(window.amax(1), torch.ones(length))
-
-
 @pytest.mark.parametrize("schedule", [(4, 3, 2), (3, 2), (2, 1), (1,)], ids=str)
 def test_few_tokens_give_finite_embeddings(schedule):
     model = random_model(merge_schedule=schedule)
     for x in model(random_batch(model.config)):
         assert x.isfinite().all()
-
-
-def test_eight_blocks_equal_eight_single_ones():
-    torch.manual_seed(0)
-    eight, x, windows, sizes = Blocks(8, 2, 0., n=8), torch.randn(3, 6, 8), torch.rand(8, 1, 1, 6, 6), torch.randint(1, 9, (3, 6)).float()
-    for p in eight.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    together = eight(x, windows, sizes.log())
-    for i in range(8):
-        one = Blocks(8, 2, 0.)
-        one.load_state_dict({name: t[i:i + 1] for name, t in eight.state_dict().items()})
-        assert_close(one(x, windows[i:i + 1], sizes.log())[0], together[i], **close)
-
-
-def test_log_sizes_stand_for_copies():
-    torch.manual_seed(0)
-    block, clips, sizes = Blocks(8, 2, 0.), torch.randn(1, 4, 8), torch.tensor([[3, 1, 2, 5]])
-    for p in block.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    copies = block(clips.repeat_interleave(sizes[0], dim=1))[:, :, sizes[0].cumsum(0) - sizes[0]]
-    assert_close(block(clips, bias=sizes.float().log()), copies, **close)
-
-
-def test_padding_does_not_reach_query_embeddings():
-    model = random_model()
-    batch = random_batch(model.config)
-    queries = model.query(batch.tokens, batch.mask)
-    noisy = torch.where(batch.mask[..., None], batch.tokens, torch.randn_like(batch.tokens) * 100)
-    assert torch.equal(model.query(noisy, batch.mask), queries)
-    wider = F.pad(batch.tokens, (0, 0, 0, 20), value=5.), F.pad(batch.mask, (0, 20))
-    assert_close(model.query(*wider), queries, **close)
 
 
 def test_batch_composition_does_not_reach_embeddings():
