@@ -20,7 +20,8 @@ def warmup_linear(
     warmup:float=0.01, # share of all steps with a rising rate
 )->float: # factor of the peak learning rate
     "Rise linearly to 1, then fall linearly to 0; the first step (t = 0) moves nothing."
-    if progress < warmup: return progress / warmup
+    if progress < warmup:
+        return progress / warmup
     return max(0., (progress - 1) / (warmup - 1)) if warmup < 1 else 0.
 
 # %% ../../nbs/training/02_optimizer.ipynb #d37257b6
@@ -35,18 +36,20 @@ def clip_grad_norm_per_tensor_(
     torch._foreach_clamp_max_(scale, 1.)
     torch._foreach_mul_(gradients, scale)
 
-# %% ../../nbs/training/02_optimizer.ipynb #3cf8f66c
 def slices(
     tensors:list, # parameters, gradients or moments
     stacked_dims:int, # leading dimensions that stack several tensors of the released code
 )->list: # views, one per tensor of the released code
     "Members of stacked tensors as views."
-    return [view for t in tensors for view in (t.flatten(0, stacked_dims - 1).unbind() if stacked_dims else [t])]
+    if not stacked_dims:
+        return tensors
+    return [view for t in tensors for view in t.flatten(0, stacked_dims - 1).unbind()]
 
 # %% ../../nbs/training/02_optimizer.ipynb #e912cfb6
 class BertAdam(torch.optim.AdamW):
-    "Adam without bias correction, with decoupled weight decay and every gradient tensor clipped to norm 1 by itself (BERT's optimiser): the fused AdamW, after so many steps that nothing is left to correct."
-    def __init__(self, params, lr:float, betas:tuple=(0.9, 0.999), eps:float=1e-6, weight_decay:float=0.01, max_norm:float=1.):
+    "BERT's Adam: no bias correction, decoupled weight decay, every gradient tensor clipped to norm 1 by itself."
+    def __init__(self, params, lr:float, betas:tuple=(0.9, 0.999), eps:float=1e-6, weight_decay:float=0.01,
+                 max_norm:float=1.):
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self.max_norm = max_norm
 
@@ -55,8 +58,8 @@ class BertAdam(torch.optim.AdamW):
         **moments, # exp_avg and exp_avg_sq of a saved run; zero without
     ):
         "Moments of a parameter before its first step here."
-        zero = lambda kind: moments[kind].to(p) if moments else torch.zeros_like(p)
-        self.state[p] = dict(step=torch.full((), 1e6, device=p.device), exp_avg=zero("exp_avg"), exp_avg_sq=zero("exp_avg_sq"))
+        state = {name: moments[name].to(p) if moments else torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        self.state[p] = {"step": torch.full((), 1e6, device=p.device), **state} # nothing is left to correct
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -64,9 +67,13 @@ class BertAdam(torch.optim.AdamW):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
-                if p not in self.state: self.start(p)
-                if p.grad.stride() != p.stride(): p.grad = p.grad.contiguous() # the fused kernel walks through memory, not through indices
-            if params: clip_grad_norm_per_tensor_(slices([p.grad for p in params], group.get("stacked_dims", 0)), self.max_norm)
+                if p not in self.state:
+                    self.start(p)
+                if p.grad.stride() != p.stride(): # the fused kernel walks through memory, not through indices
+                    p.grad = p.grad.contiguous()
+            if params:
+                gradients = slices([p.grad for p in params], group.get("stacked_dims", 0))
+                clip_grad_norm_per_tensor_(gradients, self.max_norm)
         super().step()
 
 # %% ../../nbs/training/02_optimizer.ipynb #95c02d88
@@ -74,7 +81,7 @@ def parameter_groups(
     model:torch.nn.Module, # any model of ours
     weight_decay:float=0.01, # of the parameters that decay
 )->list: # groups for BertAdam
-    "Biases and the layer norms of input projections and positions do not decay; stacked tensors are told from plain ones."
+    "No decay for biases and for the layer norms of input projections and positions; stacked tensors have own groups."
     groups = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -82,7 +89,6 @@ def parameter_groups(
             groups.setdefault((decay, getattr(module, "stacked_dims", 0)), []).append(p)
     return [dict(params=params, weight_decay=decay, stacked_dims=dims) for (decay, dims), params in groups.items()]
 
-# %% ../../nbs/training/02_optimizer.ipynb #aebdd278
 def make_optimizer(
     model:PRVRModel, # what to train
     config:Config, # lr, weight_decay
@@ -92,10 +98,11 @@ def make_optimizer(
 
 def make_schedule(
     optimizer:BertAdam, # its learning rate is set
-    config:Config, # lr, warmup
+    config:Config, # lr, warmup_ratio
     total_steps:int, # T, steps of the whole run
     done:int=0, # steps done before
 )->LambdaLR: # to be stepped once per batch
     "The learning rate as a function of the step alone, so that it can start anywhere."
-    for group in optimizer.param_groups: group["initial_lr"] = config.lr
+    for group in optimizer.param_groups:
+        group["initial_lr"] = config.lr
     return LambdaLR(optimizer, lambda t: warmup_linear(t / total_steps, config.warmup_ratio), last_epoch=done - 1)
