@@ -33,7 +33,10 @@ notebooks: $(VENV)/ready  ## after an edit: export the package, store outputs, w
 	$(BIN)/python nbs/make_readme.py
 
 docs: $(VENV)/docs  ## notebooks, API and commands as one site: _docs/html/index.html
-	$(BIN)/sphinx-build -q -W --keep-going -b html -c nbs/docs nbs _docs/html
+	rm -rf _docs && mkdir -p _docs/source
+	$(BIN)/sphinx-build -W --keep-going -q -j auto -c nbs/docs -d _docs/doctrees _docs/source _docs/html
+	$(BIN)/lychee --offline --include-fragments --no-progress --quiet --exclude-path '_static|_sources' _docs/html
+	@echo _docs/html/index.html is ready
 
 wheel: $(VENV)/ready  ## build a wheel, install it without extras into an empty environment, train two toy epochs with it
 	rm -rf build/wheel && mkdir -p build/wheel
