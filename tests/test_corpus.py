@@ -2,7 +2,9 @@
 
 Each test writes a small corpus in the released layout, breaks it, and reads it with `check_corpus` and with `prepare`.
 """
+
 import json
+import os
 import shutil
 
 import h5py
@@ -12,16 +14,26 @@ import torch
 from torch.testing import assert_close
 
 from prvr_nb.config import published_config
-from prvr_nb.files import UserError
 from prvr_nb.data.corpus import (
-    Moment, Problems, check_corpus, corpus_paths, read_captions, read_features, read_moments, read_split,
+    Moment,
+    Problems,
+    check_corpus,
+    corpus_paths,
+    read_captions,
+    read_features,
+    read_moments,
+    read_split,
 )
-from prvr_nb.method.tokens import l2_normalise
 from prvr_nb.data.prepared import MAX_TOKENS, prepare, prepare_split
+from prvr_nb.files import UserError
 from prvr_nb.method.model import prepare_videos
+from prvr_nb.method.tokens import l2_normalise
 
 NAME, WIDTH = "tiny", 6
-HEALTHY = {"train": {"a": (4, [3, 2]), "b": (5, [4, 1])}, "val": {"c": (3, [2, 2]), "d": (6, [5])}}  # video → frames, tokens of its queries
+HEALTHY = {
+    "train": {"a": (4, [3, 2]), "b": (5, [4, 1])},
+    "val": {"c": (3, [2, 2]), "d": (6, [5])},
+}  # video → frames, tokens of its queries
 
 
 def write(root, splits=HEALTHY, name=NAME, prefix="", width=WIDTH):
@@ -59,7 +71,9 @@ def damage_inside(path, key):
     "Overwrite the stored bytes of one compressed entry: the file opens, the entry does not decompress."
     put(path, key)
     with h5py.File(path, "a") as file:
-        data = file.create_dataset(key, data=np.random.default_rng(0).normal(size=(40, WIDTH)), chunks=(40, WIDTH), compression="gzip")
+        data = file.create_dataset(
+            key, data=np.random.default_rng(0).normal(size=(40, WIDTH)), chunks=(40, WIDTH), compression="gzip"
+        )
         chunk = data.id.get_chunk_info(0)
     with open(path, "r+b") as file:
         file.seek(chunk.byte_offset)
@@ -71,6 +85,27 @@ def dangling(path, key):
     put(path, key)
     with h5py.File(path, "a") as file:
         file[key] = h5py.SoftLink("/nowhere")
+
+
+def put_group(path, key):
+    put(path, key)
+    with h5py.File(path, "a") as file:
+        file.create_group(key)
+
+
+def put_virtual(path, key):
+    "What is left of a virtual dataset when its source has gone: it reads as zeros."
+    put(path, key)
+    layout = h5py.VirtualLayout((3, WIDTH), "f4")
+    layout[:] = h5py.VirtualSource("gone.h5", key, (3, WIDTH))
+    with h5py.File(path, "a") as file:
+        file.create_virtual_dataset(key, layout)
+
+
+def put_huge(path, key):
+    put(path, key)
+    with h5py.File(path, "a") as file:
+        file.create_dataset(key, (2**23, 2**10), "f4")
 
 
 def holding(value):
@@ -86,30 +121,193 @@ CASES = {
     "no video features": (lambda p: p.video.unlink(), "video", "does not exist", "see data/README.md"),
     "empty caption file": (lambda p: p.captions.write_text(""), "captions", "is empty", "one line per query"),
     "blank caption file": (lambda p: p.captions.write_text("\n \n"), "captions", "is empty", "one line per query"),
-    "caption file in Latin-1": (lambda p: p.captions.write_bytes("a#enc#0 café\n".encode("latin-1")), "captions", "not UTF-8", "save it as UTF-8"),
-    "line without id": (lambda p: edit(p.captions, "a#enc#1 ", ""), "captions", "line 2: no caption id", "write '<video id>#enc#<k> <sentence>'"),
-    "line without video": (lambda p: edit(p.captions, "a#enc#1", "#enc#1"), "captions", "line 2: no caption id", "write '<video id>#enc#<k> <sentence>'"),
-    "line without text": (lambda p: edit(p.captions, "b#enc#0 someone does something", "b#enc#0  "), "captions", "line 3: caption b#enc#0 has no text", "add the sentence or delete the line"),
-    "duplicate id": (lambda p: edit(p.captions, "b#enc#1", "a#enc#0"), "captions", "line 4: caption id a#enc#0 stands in line 1 already", "ids must be unique"),
-    "one video": (lambda p: p.captions.write_text("a#enc#0 someone\na#enc#1 someone\n"), "captions", "names 1 video", "at least two"),
-    "query without features": (lambda p: put(p.text, "a#enc#1"), "text", "a#enc#1", "extract its features or remove its captions"),
-    "video without features": (lambda p: put(p.video, "b"), "video", "entry b", "extract its features or remove its captions"),
-    "query without tokens": (lambda p: put(p.text, "a#enc#1", np.zeros((0, WIDTH))), "text", "entry a#enc#1 has no tokens", "extract it again or remove its captions"),
-    "video without frames": (lambda p: put(p.video, "a", np.zeros((0, WIDTH))), "video", "entry a has no frames", "extract it again or remove its captions"),
-    "video of one row without a frame axis": (lambda p: put(p.video, "a", np.ones(WIDTH)), "video", "entry a has shape (6,)", "store one row per frame"),
-    "video without columns": (lambda p: put(p.video, "a", np.ones((3, 0))), "video", "entry a has shape (3, 0)", "store one row per frame"),
-    "last video of another width": (lambda p: put(p.video, "b", np.ones((3, 9))), "video", "entry b has 9 columns", "use one feature extractor for all"),
-    "query of another width": (lambda p: put(p.text, "b#enc#0", np.ones((3, 9))), "text", "entry b#enc#0 has 9 columns where the others have 6", "use one feature extractor for all"),
-    "first query of another width": (lambda p: put(p.text, "a#enc#0", np.ones((3, 9))), "text", "entry a#enc#0 has 9 columns where the others have 6", "use one feature extractor for all"),
-    "NaN in a video": (lambda p: put(p.video, "b", holding(np.nan)), "video", "entry b holds NaN or infinity", "extract it again"),
-    "infinity in a video": (lambda p: put(p.video, "b", holding(np.inf)), "video", "entry b holds NaN or infinity", "extract it again"),
-    "NaN in a query": (lambda p: put(p.text, "b#enc#0", holding(np.nan)), "text", "entry b#enc#0 holds NaN or infinity", "extract it again"),
-    "minus infinity in a query": (lambda p: put(p.text, "b#enc#0", holding(-np.inf)), "text", "entry b#enc#0 holds NaN or infinity", "extract it again"),
-    "truncated video features": (lambda p: p.video.write_bytes(p.video.read_bytes()[:-700]), "video", "cannot be opened as HDF5", "copy or download it again"),
-    "text features that are not HDF5": (lambda p: p.text.write_bytes(b"<html>quota exceeded</html>"), "text", "cannot be opened as HDF5", "copy or download it again"),
-    "damaged entry": (lambda p: damage_inside(p.video, "b"), "video", "entry b cannot be read", "copy or download the file again"),
-    "dangling entry": (lambda p: dangling(p.text, "b#enc#0"), "text", "entry b#enc#0 cannot be read", "copy or download the file again"),
-    "words instead of numbers": (lambda p: put(p.video, "b", "frames"), "video", "entry b cannot be read", "copy or download the file again"),
+    "caption file in Latin-1": (
+        lambda p: p.captions.write_bytes("a#enc#0 café\n".encode("latin-1")),
+        "captions",
+        "not UTF-8",
+        "save it as UTF-8",
+    ),
+    "line without id": (
+        lambda p: edit(p.captions, "a#enc#1 ", ""),
+        "captions",
+        "line 2: no caption id",
+        "write '<video id>#enc#<k> <sentence>'",
+    ),
+    "line without video": (
+        lambda p: edit(p.captions, "a#enc#1", "#enc#1"),
+        "captions",
+        "line 2: no caption id",
+        "write '<video id>#enc#<k> <sentence>'",
+    ),
+    "line without text": (
+        lambda p: edit(p.captions, "b#enc#0 someone does something", "b#enc#0  "),
+        "captions",
+        "line 3: caption b#enc#0 has no text",
+        "add the sentence or delete the line",
+    ),
+    "duplicate id": (
+        lambda p: edit(p.captions, "b#enc#1", "a#enc#0"),
+        "captions",
+        "line 4: caption id a#enc#0 stands in line 1 already",
+        "ids must be unique",
+    ),
+    "one video": (
+        lambda p: p.captions.write_text("a#enc#0 someone\na#enc#1 someone\n"),
+        "captions",
+        "names 1 video",
+        "at least two",
+    ),
+    "query without features": (
+        lambda p: put(p.text, "a#enc#1"),
+        "text",
+        "a#enc#1",
+        "extract its features or remove its captions",
+    ),
+    "video without features": (
+        lambda p: put(p.video, "b"),
+        "video",
+        "entry b",
+        "extract its features or remove its captions",
+    ),
+    "query without tokens": (
+        lambda p: put(p.text, "a#enc#1", np.zeros((0, WIDTH))),
+        "text",
+        "entry a#enc#1 has no tokens",
+        "extract it again or remove its captions",
+    ),
+    "video without frames": (
+        lambda p: put(p.video, "a", np.zeros((0, WIDTH))),
+        "video",
+        "entry a has no frames",
+        "extract it again or remove its captions",
+    ),
+    "video of one row without a frame axis": (
+        lambda p: put(p.video, "a", np.ones(WIDTH)),
+        "video",
+        "entry a has shape (6,)",
+        "store one row per frame",
+    ),
+    "video without columns": (
+        lambda p: put(p.video, "a", np.ones((3, 0))),
+        "video",
+        "entry a has shape (3, 0)",
+        "store one row per frame",
+    ),
+    "last video of another width": (
+        lambda p: put(p.video, "b", np.ones((3, 9))),
+        "video",
+        "entry b has 9 columns",
+        "use one feature extractor for all",
+    ),
+    "query of another width": (
+        lambda p: put(p.text, "b#enc#0", np.ones((3, 9))),
+        "text",
+        "entry b#enc#0 has 9 columns where the others have 6",
+        "use one feature extractor for all",
+    ),
+    "first query of another width": (
+        lambda p: put(p.text, "a#enc#0", np.ones((3, 9))),
+        "text",
+        "entry a#enc#0 has 9 columns where the others have 6",
+        "use one feature extractor for all",
+    ),
+    "NaN in a video": (
+        lambda p: put(p.video, "b", holding(np.nan)),
+        "video",
+        "entry b holds NaN or infinity",
+        "extract it again",
+    ),
+    "infinity in a video": (
+        lambda p: put(p.video, "b", holding(np.inf)),
+        "video",
+        "entry b holds NaN or infinity",
+        "extract it again",
+    ),
+    "NaN in a query": (
+        lambda p: put(p.text, "b#enc#0", holding(np.nan)),
+        "text",
+        "entry b#enc#0 holds NaN or infinity",
+        "extract it again",
+    ),
+    "minus infinity in a query": (
+        lambda p: put(p.text, "b#enc#0", holding(-np.inf)),
+        "text",
+        "entry b#enc#0 holds NaN or infinity",
+        "extract it again",
+    ),
+    "truncated video features": (
+        lambda p: p.video.write_bytes(p.video.read_bytes()[:-700]),
+        "video",
+        "cannot be opened as HDF5",
+        "copy or download it again",
+    ),
+    "text features that are not HDF5": (
+        lambda p: p.text.write_bytes(b"<html>quota exceeded</html>"),
+        "text",
+        "cannot be opened as HDF5",
+        "copy or download it again",
+    ),
+    "damaged entry": (
+        lambda p: damage_inside(p.video, "b"),
+        "video",
+        "entry b cannot be read",
+        "copy or download the file again",
+    ),
+    "dangling entry": (
+        lambda p: dangling(p.text, "b#enc#0"),
+        "text",
+        "entry b#enc#0 cannot be read",
+        "copy or download the file again",
+    ),
+    "words instead of numbers": (
+        lambda p: put(p.video, "b", "frames"),
+        "video",
+        "entry b has type object",
+        "store float16 or float32",
+    ),
+    "group instead of numbers": (
+        lambda p: put_group(p.video, "b"),
+        "video",
+        "entry b is a group",
+        "store one array per id",
+    ),
+    "zeros": (
+        lambda p: put(p.video, "b", np.zeros((3, WIDTH))),
+        "video",
+        "entry b holds zeros only",
+        "extract it again",
+    ),
+    "all equal": (
+        lambda p: [put(p.video, key, np.ones((3, WIDTH))) for key in "ab"],
+        "video",
+        "all 2 entries are equal",
+        "extract the features again",
+    ),
+    "link to another file": (
+        lambda p: put(p.video, "b", h5py.ExternalLink("other.h5", "b")),
+        "video",
+        "entry b is a link to another file",
+        "copy the features into this one",
+    ),
+    "virtual dataset": (
+        lambda p: put_virtual(p.video, "b"),
+        "video",
+        "entry b is a virtual dataset",
+        "copy the features into this file",
+    ),
+    "more than any video": (lambda p: put_huge(p.video, "b"), "video", "entry b declares 34.4 GB", "are not read"),
+    "caption file that is a pipe": (
+        lambda p: (p.captions.unlink(), os.mkfifo(p.captions)),
+        "captions",
+        "is not a regular file",
+        "see data/README.md",
+    ),
+    "video file that is a pipe": (
+        lambda p: (p.video.unlink(), os.mkfifo(p.video)),
+        "video",
+        "does not exist",
+        "see data/README.md",
+    ),
 }
 READERS = {
     "check": lambda root, splits: check_corpus(root, NAME, splits),
@@ -150,7 +348,13 @@ def test_all_problems_of_all_files_and_splits_come_at_once(tmp_path, reader):
         READERS[reader](tmp_path, ("train", "val"))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / NAME}: 5 problems\n") and len(message.splitlines()) == 6
-    for part in (f"{paths.captions}, line 2", f"{val.captions}, line 2", f"{paths.video}, entry b ", f"{paths.video}, entry d:", f"{paths.text}, entry a#enc#0 "):
+    for part in (
+        f"{paths.captions}, line 2",
+        f"{val.captions}, line 2",
+        f"{paths.video}, entry b ",
+        f"{paths.video}, entry d:",
+        f"{paths.text}, entry a#enc#0 ",
+    ):
         assert message.count(part) == 1
 
 
@@ -179,7 +383,7 @@ def test_a_missing_corpus_names_each_file_once(tmp_path):
 def test_splits_of_different_widths_are_refused(tmp_path, reader):
     paths = write(tmp_path)
     for video in HEALTHY["val"]:
-        put(paths.video, video, np.ones((3, 9)))
+        put(paths.video, video, np.random.default_rng(len(video) + ord(video)).normal(size=(3, 9)))
     with pytest.raises(UserError, match="splits differ in .* use one feature extractor for all"):
         READERS[reader](tmp_path, ("train", "val"))
 
@@ -202,7 +406,7 @@ def test_counts_that_differ_from_the_published_pack_only_warn(tmp_path):
 def test_float16_features_are_read_as_float32(tmp_path):
     paths = write(tmp_path)
     put(paths.video, "a", np.full((2, WIDTH), 0.1, dtype=np.float16))
-    (_, array), = read_features(paths.video, ["a"], "frame", Problems())
+    ((_, array),) = read_features(paths.video, ["a"], "frame", Problems())
     assert array.dtype == np.float32 and array.shape == (2, WIDTH)
 
 
@@ -224,12 +428,15 @@ def test_videos_are_those_that_captions_name_in_order_of_their_first_caption(tmp
 
 # ---- ids with v_
 
+
 def test_activitynet_captions_carry_a_prefix_that_the_videos_lack(tmp_path):
     splits = {"train": {"a": (4, [3]), "b": (5, [2, 2])}}
     write(tmp_path / "with", splits, "activitynet", prefix="v_")
     write(tmp_path / "without", splits, "activitynet")
     config = published_config("activitynet")
-    (with_prefix,), (without,) = (prepare(tmp_path / name, config, ("train",), quiet=True) for name in ("with", "without"))
+    (with_prefix,), (without,) = (
+        prepare(tmp_path / name, config, ("train",), quiet=True) for name in ("with", "without")
+    )
     assert with_prefix.split.videos == ["v_a", "v_b"]
     assert_close(with_prefix.videos.frames, without.videos.frames)
     assert_close(with_prefix.queries.tokens, without.queries.tokens)
@@ -253,7 +460,7 @@ RAGGED = {"val": {"long": (300, [3] * 40), "single": (1, [1]), "pair": (7, [12, 
 def ragged(tmp_path):
     "A prepared split of videos with 300, 1 and 7 frames and with 40, 1 and 2 queries, and its files."
     write(tmp_path, RAGGED)
-    corpus, = prepare(tmp_path, published_config(NAME), ("val",), quiet=True)
+    (corpus,) = prepare(tmp_path, published_config(NAME), ("val",), quiet=True)
     return corpus, corpus_paths(tmp_path, NAME, "val")
 
 
@@ -285,8 +492,10 @@ def test_a_batch_holds_its_videos_with_all_their_queries(ragged, which):
     for field in ("frames", "clips", "sizes", "frame_to_clip", "clip_to_segment"):
         assert_close(getattr(batch, field), getattr(corpus.videos, field)[which])
     with h5py.File(paths.text) as file:
-        texts = [torch.from_numpy(file[f"{name}#enc#{k}"][:]) for name in names for k in range(len(RAGGED["val"][name][1]))]
-    for row, mask, teacher, text in zip(batch.tokens, batch.mask, batch.teacher, texts):
+        texts = [
+            torch.from_numpy(file[f"{name}#enc#{k}"][:]) for name in names for k in range(len(RAGGED["val"][name][1]))
+        ]
+    for row, mask, teacher, text in zip(batch.tokens, batch.mask, batch.teacher, texts, strict=True):
         assert_close(row[mask], l2_normalise(text))
         assert_close(teacher, l2_normalise(text[-1]))
 
@@ -294,7 +503,7 @@ def test_a_batch_holds_its_videos_with_all_their_queries(ragged, which):
 def test_queries_find_their_video_when_captions_are_interleaved(tmp_path):
     paths = write(tmp_path)
     paths.captions.write_text("b#enc#0 x\na#enc#0 x\nb#enc#1 x\na#enc#1 x\n")
-    corpus, = prepare(tmp_path, published_config(NAME), ("train",), quiet=True)
+    (corpus,) = prepare(tmp_path, published_config(NAME), ("train",), quiet=True)
     batch = corpus.batch([1, 0])  # a, then b
     assert batch.video.tolist() == [0, 0, 1, 1] and batch.mask.sum(1).tolist() == [3, 2, 4, 1]
 
@@ -302,7 +511,7 @@ def test_queries_find_their_video_when_captions_are_interleaved(tmp_path):
 @pytest.mark.parametrize("length", [1, 76, 77, 78, 200])
 def test_of_long_queries_the_first_76_tokens_and_eos_are_kept(tmp_path, length):
     write(tmp_path, {"val": {"a": (4, [length]), "b": (4, [2])}})
-    corpus, = prepare(tmp_path, published_config(NAME), ("val",), quiet=True)
+    (corpus,) = prepare(tmp_path, published_config(NAME), ("val",), quiet=True)
     with h5py.File(corpus.split.paths.text) as file:
         text = l2_normalise(torch.from_numpy(file["a#enc#0"][:]))
     batch = corpus.batch([0])
@@ -320,7 +529,7 @@ def test_preparing_depends_on_neither_company_nor_chance(tmp_path):
     shutil.rmtree(tmp_path / NAME / ".prepared")  # or the second would be the first, from the cache
     torch.manual_seed(1)
     alone = prepare_split(tmp_path, config, "val", problems, chunk=1, quiet=True)
-    for name, a, b in zip(together.videos._fields, together.videos, alone.videos):
+    for name, a, b in zip(together.videos._fields, together.videos, alone.videos, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype, name
         assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -336,26 +545,64 @@ def test_one_frame_is_enough_for_every_variant(variant, overrides):
 
 # ---- moments
 
+
 def write_moments(root, name, file, rows):
     folder = root / name / "TextData"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text("".join(f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    (folder / file).write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows),
+        encoding="utf-8",
+    )
 
 
 def test_moments_of_tvr(tmp_path):
-    write_moments(tmp_path, "tvr", "tvr_val_release.jsonl", [
-        {"vid_name": "friends_1", "desc": " Ross sits.\u2028 ", "ts": [1.5, 4], "duration": 60.0, "desc_id": 1, "type": "v"}, "",
-        {"vid_name": "friends_1", "desc": "Ross sits again.", "ts": [30, 33], "duration": 60.0}])
-    write_moments(tmp_path, "tvr", "tvr_train_release.jsonl", [{"vid_name": "other", "desc": "x", "ts": [0, 1], "duration": 2}])
+    write_moments(
+        tmp_path,
+        "tvr",
+        "tvr_val_release.jsonl",
+        [
+            {
+                "vid_name": "friends_1",
+                "desc": " Ross sits.\u2028 ",
+                "ts": [1.5, 4],
+                "duration": 60.0,
+                "desc_id": 1,
+                "type": "v",
+            },
+            "",
+            {"vid_name": "friends_1", "desc": "Ross sits again.", "ts": [30, 33], "duration": 60.0},
+        ],
+    )
+    write_moments(
+        tmp_path, "tvr", "tvr_train_release.jsonl", [{"vid_name": "other", "desc": "x", "ts": [0, 1], "duration": 2}]
+    )
     moments = read_moments(tmp_path, "tvr", "val")
-    assert moments == {("friends_1", "Ross sits."): [Moment(1.5, 4, 60)], ("friends_1", "Ross sits again."): [Moment(30, 33, 60)]}
+    assert moments == {
+        ("friends_1", "Ross sits."): [Moment(1.5, 4, 60)],
+        ("friends_1", "Ross sits again."): [Moment(30, 33, 60)],
+    }
     assert list(read_moments(tmp_path, "tvr", "train")) == [("other", "x")]
 
 
 def test_moments_of_qvhighlights(tmp_path):
-    write_moments(tmp_path, "qvhighlight", "highlight_val_release.jsonl", [
-        {"qid": 1, "vid": "x_60_210", "query": "A dog runs", "duration": 150, "relevant_windows": [[0, 4], [30, 36]], "saliency_scores": [[1, 2, 3]]}])
-    assert read_moments(tmp_path, "qvhighlight", "val") == {("x_60_210", "A dog runs"): [Moment(0, 4, 150), Moment(30, 36, 150)]}
+    write_moments(
+        tmp_path,
+        "qvhighlight",
+        "highlight_val_release.jsonl",
+        [
+            {
+                "qid": 1,
+                "vid": "x_60_210",
+                "query": "A dog runs",
+                "duration": 150,
+                "relevant_windows": [[0, 4], [30, 36]],
+                "saliency_scores": [[1, 2, 3]],
+            }
+        ],
+    )
+    assert read_moments(tmp_path, "qvhighlight", "val") == {
+        ("x_60_210", "A dog runs"): [Moment(0, 4, 150), Moment(30, 36, 150)]
+    }
 
 
 def test_a_sentence_that_a_video_has_twice_keeps_both_moments(tmp_path):
@@ -369,15 +616,26 @@ def test_a_corpus_without_annotations_has_no_moments(tmp_path):
     assert read_moments(tmp_path, NAME, "val") == {}
 
 
-@pytest.mark.parametrize("row", ["not json", "[1, 2]", {"vid": "a", "query": "x", "duration": 9}, {"vid": "a", "query": 3, "duration": 9, "relevant_windows": []},
-                                 {"vid": "a", "query": "x", "duration": "long", "relevant_windows": [[0, 1]]}, {"vid_name": "a", "desc": "x", "ts": [1], "duration": 9}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "not json",
+        "[1, 2]",
+        {"vid": "a", "query": "x", "duration": 9},
+        {"vid": "a", "query": 3, "duration": 9, "relevant_windows": []},
+        {"vid": "a", "query": "x", "duration": "long", "relevant_windows": [[0, 1]]},
+        {"vid_name": "a", "desc": "x", "ts": [1], "duration": 9},
+    ],
+)
 def test_an_unreadable_annotation_is_named_with_file_and_line(tmp_path, row):
     good = {"vid": "a", "query": "good", "duration": 9, "relevant_windows": [[0, 1]]}
     write_moments(tmp_path, "qvhighlight", "highlight_val_release.jsonl", [good, row])
     with pytest.raises(UserError) as caught:
         read_moments(tmp_path, "qvhighlight", "val")
     path = tmp_path / "qvhighlight" / "TextData" / "highlight_val_release.jsonl"
-    assert f"{path}, line 2" in str(caught.value) and "it needs desc|query, vid|vid_name, duration and ts|relevant_windows" in str(caught.value)
+    assert f"{path}, line 2" in str(
+        caught.value
+    ) and "it needs desc|query, vid|vid_name, duration and ts|relevant_windows" in str(caught.value)
 
 
 def test_annotations_in_another_encoding_are_named_with_the_line(tmp_path):
