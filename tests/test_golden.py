@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from prvr_nb.method.segments import choose_level, segment_labels, uniformity
-from prvr_nb.method.cbva import cbva_loss
 from prvr_nb.config import published_config
-from prvr_nb.method.encoder import gaussian_window
-from prvr_nb.method.tokens import l2_normalise, op_tome, resample
 from prvr_nb.evaluation.metrics import ranks, retrieval_metrics
-from prvr_nb.method.model import PRVRModel
-from prvr_nb.training.checkpoints import build_model, from_released, to_released
-from prvr_nb.method.model import Batch
+from prvr_nb.method.cbva import cbva_loss
+from prvr_nb.method.encoder import gaussian_window
+from prvr_nb.method.model import Batch, PRVRModel, compute_losses
 from prvr_nb.method.retrieval import cosine_scores, info_nce, max_scores, triplet_loss
-from prvr_nb.method.tcpl import angle_loss, distance_loss
-from prvr_nb.method.model import compute_losses
+from prvr_nb.method.segments import choose_level, segment_labels, uniformity
+from prvr_nb.method.tcpl import tcpl_loss
+from prvr_nb.method.tokens import l2_normalise, op_tome, resample
+from prvr_nb.training.checkpoints import build_model, from_released, to_released
+from prvr_nb.training.fast import TWINS, use_fast_modules
 from prvr_nb.training.optimizer import BertAdam, parameter_groups, warmup_linear
 
 DEFAULT = Path(__file__).with_name("golden")
@@ -62,7 +61,13 @@ def test_gaussian_windows(golden):
         assert_close(gaussian_window(float(width), int(length)), window, **close)
 
 
-def batch_and_model(golden):
+@pytest.fixture(params=["clear", "fast"])
+def twins(request):
+    "What makes the losses and the layers of a form: fast functions by clear ones, and a change of the model in place."
+    return (TWINS, use_fast_modules) if request.param == "fast" else ({}, lambda model: model)
+
+
+def batch_and_model(golden, twins):
     "The golden batch, its segments made by our code, and a model with the golden weights."
     held = golden("model")
     state = {key.removeprefix("sd/"): value for key, value in held.items() if key.startswith("sd/")}
@@ -72,14 +77,13 @@ def batch_and_model(golden):
     level = choose_level(uniformity(clips, config.tau), len(config.levels))
     segments = segment_labels(clips, held["sizes"], config.levels, level)
     teacher = held["text"][torch.arange(len(mask)), mask.sum(1) - 1]
-    batch = Batch(held["frames"], clips, held["sizes"], held["labels"], segments, held["text"], mask, teacher, held["text_labels"])
-    return held, state, config, model, batch
+    batch = Batch(held["frames"], clips, held["sizes"], held["labels"], segments, held["text"], mask, teacher,
+                  held["text_labels"])
+    return held, state, config, twins[1](model), batch
 
 
-
-
-def test_model(golden):
-    held, state, config, model, batch = batch_and_model(golden)
+def test_model(golden, twins):
+    held, state, config, model, batch = batch_and_model(golden, twins)
     e = model(batch)
     assert_close(batch.teacher, held["teacher"], **close)
     assert_close(e.queries, held["query"], **close)
@@ -92,20 +96,21 @@ def test_model(golden):
     assert_close(uniformity(batch.clips, config.tau), held["diversity"], **close)
 
 
-def test_released_names_round_trip(golden):
-    _, state, _, model, _ = batch_and_model(golden)
+def test_released_names_round_trip(golden, twins):
+    _, state, _, model, _ = batch_and_model(golden, twins)
     back = to_released(model.state_dict())
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor), name
 
 
-TERMS = {"clip_nce": "clip_nce", "clip_trip": "clip_triplet", "frame_nce": "frame_nce", "frame_trip": "frame_triplet", "vidlvlctl": "cbva", "txt_rkd": "tcpl"}
+TERMS = {"clip_nce": "clip_nce", "clip_trip": "clip_triplet", "frame_nce": "frame_nce", "frame_trip": "frame_triplet",
+         "vidlvlctl": "cbva", "txt_rkd": "tcpl"}
 
 
-def test_losses_and_gradients(golden):
-    held, (_, _, config, model, batch) = golden("losses"), batch_and_model(golden)
-    losses = compute_losses(model, model(batch), batch, config, epoch=0)
+def test_losses_and_gradients(golden, twins):
+    held, (_, _, config, model, batch) = golden("losses"), batch_and_model(golden, twins)
+    losses = compute_losses(model, model(batch), batch, config, epoch=0, twins=twins[0])
     for theirs, ours in TERMS.items():
         assert_close(losses[ours], held[theirs].float(), **close)
     total = sum(losses.values())
@@ -135,11 +140,11 @@ def test_cbva_for_every_number_of_segments(golden):
 
 
 @pytest.mark.parametrize("name", ["tcpl_a", "tcpl_b"])
-def test_tcpl(golden, name):
-    held = golden(name)
-    for term, function in ("distance", distance_loss), ("angle", angle_loss):
+def test_tcpl(golden, twins, name):
+    held, loss_of = golden(name), twins[0].get(tcpl_loss, tcpl_loss)
+    for term, weights in ("distance", (1., 0.)), ("angle", (0., 1.)):
         student = held["student"].clone().requires_grad_()
-        loss = function(student, held["teacher"])
+        loss = loss_of(student, held["teacher"], *weights)
         loss.backward()
         assert_close(loss, held[term], **close)
         assert_close(student.grad, held[f"d_{term}"], **close)
@@ -148,7 +153,8 @@ def test_tcpl(golden, name):
 def test_retrieval_losses(golden):
     held = golden("retrieval_losses")
     raw, cosine = held["raw_scores"].requires_grad_(), held["cos_scores"].requires_grad_()
-    nce, hinge = info_nce(raw, held["text_labels"]), triplet_loss(cosine, held["text_labels"], 0.1, hard=True, hard_pool_size=1)
+    nce = info_nce(raw, held["text_labels"])
+    hinge = triplet_loss(cosine, held["text_labels"], 0.1, hard=True, hard_pool_size=1)
     (nce + hinge).backward()
     assert_close(nce, held["nce"], **close)
     assert_close(raw.grad, held["d_nce"], **close)
@@ -161,7 +167,7 @@ def test_bert_adam(golden):
     p0, p1 = (torch.nn.Parameter(held[name].clone()) for name in ("p0", "p1"))
     optimizer = BertAdam([dict(params=[p0], weight_decay=0.01), dict(params=[p1], weight_decay=0.)], lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: warmup_linear(t / 50, 0.1))
-    for x, y, after in zip(held["X"], held["Y"], held["trajectory"]):
+    for x, y, after in zip(held["X"], held["Y"], held["trajectory"], strict=True):
         optimizer.zero_grad()
         (5 * (p0 * x).sum() + 0.1 * (p1 * y).pow(2).sum()).backward()
         optimizer.step()
@@ -172,19 +178,20 @@ def test_bert_adam(golden):
 def test_metrics(golden):
     held = golden("metrics")
     row = retrieval_metrics(ranks(held["scores"], held["gt"]))
-    assert_close(torch.tensor([row[k] for k in ("r1", "r5", "r10", "r100")], dtype=torch.double), held["recalls"].double(), **close)
+    recalls = torch.tensor([row[k] for k in ("r1", "r5", "r10", "r100")], dtype=torch.double)
+    assert_close(recalls, held["recalls"].double(), **close)
 
 
-def test_trajectory(golden):
-    held, (_, _, config, model, batch) = golden("trajectory"), batch_and_model(golden)
+def test_trajectory(golden, twins):
+    held, (_, _, config, model, batch) = golden("trajectory"), batch_and_model(golden, twins)
     model.train()
     total = int(held["t_total"])
     optimizer = BertAdam(parameter_groups(model), lr=held["lr"].item())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: warmup_linear(t / total, held["warmup"].item()))
     for step, expected in enumerate(held["losses"]):
-        losses = compute_losses(model, model(batch), batch, config, epoch=0)
+        losses = compute_losses(model, model(batch), batch, config, epoch=0, twins=twins[0])
         row = torch.stack([sum(losses.values())] + [losses[ours] for ours in TERMS.values()]).double()
-        assert_close(row, expected, **close, msg=lambda text: f"step {step}: {text}")
+        assert_close(row, expected, **close, msg=lambda text, step=step: f"step {step}: {text}")
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
@@ -192,6 +199,5 @@ def test_trajectory(golden):
 
 
 def test_published_size():
-    count = lambda *widths: sum(p.numel() for p in PRVRModel(published_config("tvr"), *widths).parameters())
-    assert count(768, 768) == 30_660_640
-    assert count(2816, 512) == 32_142_880
+    for widths, size in ((768, 768), 30_660_640), ((2816, 512), 32_142_880):
+        assert sum(p.numel() for p in PRVRModel(published_config("tvr"), *widths).parameters()) == size
