@@ -33,7 +33,8 @@ def stored(outputs):
 def execute(path: Path):
     "Run one notebook in place; the file is replaced only when every cell has run."
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources=where).execute()
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -51,5 +52,5 @@ def execute(path: Path):
 
 
 if __name__ == "__main__":
-    for name in [Path(argument) for argument in sys.argv[1:]] or sorted(HERE.glob("*.ipynb")):
+    for name in [Path(argument) for argument in sys.argv[1:]] or sorted(HERE.rglob("[!.]*.ipynb")):
         execute(name)

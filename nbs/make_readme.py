@@ -33,7 +33,7 @@ def readme_text():
 
 def pictures():
     "Name and bytes of every picture that a notebook makes for the README."
-    for path in sorted(HERE.glob("*.ipynb")):
+    for path in sorted(HERE.rglob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             steered = re.match(r"# README: (\w+\.png)$", cell.source.partition("\n")[0])
             if steered:
