@@ -16,7 +16,7 @@ from prvr_nb.videos.clip import DEFAULT_MODEL
 ROOT = "folder that holds the datasets"
 MODEL = "a run folder, its best.safetensors, or a .ckpt of the released code"
 ROW_SWITCHES = ("tcpl", "cbva", "adaptive", "uniform_clips") # what the rows of an experiment differ in
-FRACTION, DTYPES = 0.3, ("fp16", "fp32") # as in videos.moments and videos.index, which help does not wait for
+FRACTION, ENGINES = 0.3, ("faiss", "faiss-hnsw") # as in videos.moments and videos.engines: help waits for neither
 
 @command
 def data_command(parser):
@@ -68,8 +68,8 @@ def features_command(parser):
         from prvr_nb.videos.features import extract_videos
         from prvr_nb.videos.images import extract_images
         extract = extract_videos if args.action == "videos" else extract_images
-        return "\n".join(extract(args.folder, args.root, args.dataset, args.captions, args.model, args.rate,
-                                 args.raw_tokens, args.val_share, args.seed))
+        return "\n".join(extract(args.folder, args.root, args.dataset, args.captions, args.model, rate=args.rate,
+                                 raw_tokens=args.raw_tokens, val_share=args.val_share, seed=args.seed))
     return main
 
 @command
@@ -210,7 +210,8 @@ def search_actions(parser):
     by = build.add_mutually_exclusive_group(required=True)
     flag(by, "--checkpoint", None, MODEL, type=Path)
     flag(by, "--zero-shot", False, "no model: the teacher's own features")
-    flag(build, "--dtype", "fp16", "how embeddings are stored", choices=DTYPES)
+    flag(build, "--engine", "faiss", "what finds the nearest vectors; faiss-hnsw: from some 50,000 videos on, inexact",
+         choices=ENGINES)
     for action in build, more, moments:
         flag(action, "--split", "val" if action is moments else "all", "train, val, test, or all (an index)")
         flag(action, "--root", Path("data") if action is build else None, ROOT + "; or the index's own", type=Path)
@@ -226,7 +227,7 @@ def search_actions(parser):
     alias(ask, "--clip-weight", "clip_score_weight", type=float)
     flag(ask, "--json", False, "results for machines")
     ask.add_argument("queries", nargs="+", help="sentences")
-    less.add_argument("ids", nargs="+", help="ids of videos")
+    less.add_argument("ids", nargs="+", help="names or ids of videos")
     for action in moments, latency:
         flag(action, "--out", None, "JSON file to write", type=Path)
     flag(latency, "--videos", [474, 5_000, 50_000], "sizes of the index", type=int, nargs="+")
@@ -240,7 +241,7 @@ def search_actions(parser):
         if args.action != "latency":
             return getattr(actions, args.action)(args, device)
         from prvr_nb.speed import describe_machine, search_latency
-        rows = [search_latency(n, device, dtype, budget=args.budget) for dtype in DTYPES for n in args.videos]
+        rows = [search_latency(n, budget=args.budget) for n in args.videos]
         if args.out:
             write_json(args.out, {"machine": describe_machine(torch.device(device)), "rows": rows})
         return actions.latency_text(rows)

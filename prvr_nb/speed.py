@@ -14,7 +14,6 @@ __all__ = ['LOSSES', 'METHODS', 'EVALUATIONS', 'free_memory', 'random_index', 's
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import time
@@ -47,7 +46,8 @@ from .training.fast import keep_freed_memory
 from .training.loop import Run, compile_encoders, step_losses, update
 from .training.optimizer import make_optimizer, make_schedule
 from .training.resume import TrainState
-from .videos.index import Entry, FORMAT, Shard, VideoIndex, video_bytes, write_index, write_shard
+from .videos.engines import ENGINES, Tokens
+from .videos.index import FORMAT, Entry, VideoIndex, write_index
 from .videos.search import search
 
 # %% ../nbs/training/09_speed.ipynb #e9e93b7a
@@ -59,47 +59,43 @@ def free_memory()->int: # bytes
 def random_index(
     folder:str|Path, # to make
     n_videos:int,
-    dtype:str="fp16", # or 'fp32'
+    engine:str="faiss", # or 'faiss-hnsw'
     n_frames:int=128, # L_f
     n_clips:int=32, # L_c
     width:int=384, # d
 )->VideoIndex: # of random embeddings
-    "An index of a given size, to measure with; one file's content is written over and over."
-    folder, draw, full = Path(folder), lambda *shape: F.normalize(torch.randn(*shape, width), dim=-1), min(n_videos, 1024)
+    "An index of a given size, to measure with."
+    folder, engine, rng = Path(folder), ENGINES[engine](Path(folder)), np.random.default_rng(0)
+    def rows(n):
+        x = rng.standard_normal((n, width), dtype=np.float32)
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
     folder.mkdir(parents=True)
-    block = Shard(draw(full, n_frames), draw(full, n_clips), torch.full((full, n_clips), n_frames // n_clips))
-    rows = [full] * (n_videos // full) + [n_videos % full] * (n_videos % full > 0)
-    shards = [{"file": write_shard(folder, block, dtype), "rows": full}]
-    for n in rows[1:]:
-        name = f"shard-{len(shards)}.safetensors"
-        if n == full: shutil.copyfile(folder/shards[0]["file"], folder/name) # a file of its own: no memory is shared
-        else: name = write_shard(folder, Shard(*(x[:n] for x in block)), dtype)
-        shards.append({"file": name, "rows": n})
-    videos = [Entry(f"video {i}", f"video {i}", None, n_frames, 0, i // full, i % full) for i in range(n_videos)]
-    write_index(folder, {"format": FORMAT, "dtype": dtype, "kind": "zero-shot", "fingerprint": "", "clip_score_weight": 0.4, "checkpoint": None, "config": {}, "text": None,
-                         "sources": [{"root": ".", "dataset": "random"}], "shards": shards, "videos": videos})
+    engine.add(Tokens(rows(n_frames), rows(n_clips)) for _ in range(n_videos))
+    about = {"format": FORMAT, "kind": "model", "fingerprint": "", "clip_score_weight": 0.4, "checkpoint": None,
+             "config": {}, "text": None, "sources": [{"root": ".", "dataset": "random"}]}
+    sizes = [n_frames // n_clips] * n_clips
+    entries = [Entry(f"video {i}", f"video {i}", None, None, n_frames, 0, sizes) for i in range(n_videos)]
+    write_index(folder, about, entries, engine)
     return VideoIndex(folder)
 
 # %% ../nbs/training/09_speed.ipynb #69919efa
 def search_latency(
     n_videos:int,
-    device:str|torch.device="cpu", # where to search
-    dtype:str="fp16", # or 'fp32'
+    engine:str="faiss", # or 'faiss-hnsw'
     n_queries:int=1, # asked at once
     k:int=10, # videos per query
     budget:float=5., # seconds to spend, about
     folder:str|Path|None=None, # where the index may lie meanwhile; default: the system's temporary folder
 )->dict: # bytes, and summary of seconds per search
-    "Time of a search among random videos of the published sizes, from query embeddings to moments; the files have been read before."
+    "Time of a search among random videos of the published sizes, from query embeddings to moments; the files were read before."
     from prvr_nb.speed import measure
-    device, need = torch.device(device), n_videos * video_bytes(dtype=dtype)
-    if 1.2 * need > free_memory(): raise UserError(f"{n_videos:,} videos take {need / 1e9:.1f} GB in {dtype}; only {free_memory() / 1e9:.1f} GB of memory are free")
+    need = n_videos * 2 * (128 + 32) * 384
+    if 1.2 * need > free_memory(): raise UserError(f"{n_videos:,} videos take {need / 1e9:.1f} GB; only {free_memory() / 1e9:.1f} GB of memory are free")
     with TemporaryDirectory(dir=folder) as scratch:
-        random_index(Path(scratch)/"index", n_videos, dtype)
-        index = VideoIndex(Path(scratch)/"index", device)
-        queries = F.normalize(torch.randn(n_queries, 384), dim=-1).to(device)
-        times = measure({"search": lambda: search(index, queries, k)}, device, budget)["search"]
-    return {"videos": n_videos, "queries": n_queries, "k": k, "dtype": dtype, "bytes": need, **times}
+        index = random_index(Path(scratch)/"index", n_videos, engine)
+        queries = F.normalize(torch.randn(n_queries, 384), dim=-1)
+        times = measure({"search": lambda: search(index, queries, k)}, torch.device("cpu"), budget)["search"]
+    return {"videos": n_videos, "queries": n_queries, "k": k, "engine": engine, "bytes": need, **times}
 
 # %% ../nbs/training/09_speed.ipynb #39b185fa
 def random_corpus(

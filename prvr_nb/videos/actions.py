@@ -65,7 +65,7 @@ def latency_text(
     rows:list, # of search_latency
 )->str: # one line each
     "What a search takes, by number of videos."
-    return "\n".join(f"{row['videos']:7,} videos, {row['dtype']}, {row['bytes'] / 1e6:9,.0f} MB: "
+    return "\n".join(f"{row['videos']:7,} videos, {row['bytes'] / 1e6:9,.0f} MB: "
                      f"{1000 * row['median']:9,.1f} ms" for row in rows)
 
 def source_of(
@@ -73,7 +73,7 @@ def source_of(
     args:Namespace, # root and dataset, or None
 )->tuple: # root and dataset
     "The dataset that is asked for, or the one that an index was built from."
-    root, dataset = index.source(index.entries[0]) if index.entries else (Path("data"), None)
+    root, dataset = index.sources[0]
     return args.root or root, args.dataset or dataset
 
 def build(args:Namespace, device:str)->str:
@@ -82,8 +82,8 @@ def build(args:Namespace, device:str)->str:
         raise UserError("--zero-shot needs --dataset; a checkpoint would say what it was trained on")
     model, path = (None, None) if args.zero_shot else open_checkpoint(args.checkpoint, args.dataset)
     embedder = Embedder(model, published_config(args.dataset) if args.zero_shot else None, device)
-    index = build_index(args.index, embedder, args.root, args.dataset, args.split, args.dtype, path, args.text_model)
-    return (f"{args.index}: {len(index):,} videos ({args.dtype}, {index.n_bytes / 1e6:,.1f} MB); "
+    index = build_index(args.index, embedder, args.root, args.dataset, args.split, args.engine, path, args.text_model)
+    return (f"{args.index}: {len(index):,} videos ({index.n_bytes / 1e6:,.1f} MB); "
             f"next: prvr_search --index {args.index} \"a sentence\"")
 
 def add(args:Namespace, device:str)->str:
@@ -109,9 +109,9 @@ def ask(args:Namespace, device:str)->str:
 
 def moments(args:Namespace, device:str)->str:
     "Compare moments with annotated ones."
-    index = VideoIndex(args.index, device)
+    index = VideoIndex(args.index)
     root, dataset = source_of(index, args)
-    embedder = open_embedder(index, args.checkpoint)
+    embedder = open_embedder(index, args.checkpoint, device)
     numbers = evaluate_moments(index, embedder, root, dataset, args.split, fraction=args.fraction)
     if args.out:
         about = {"dataset": dataset, "split": args.split, "kind": index.about["kind"], "config": index.about["config"]}

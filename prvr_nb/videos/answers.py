@@ -1,4 +1,4 @@
-"""What a search finds, ready to be shown: frames, events, titles and ranks of each result."""
+"""What a search finds, ready to be shown: frames, events, captions and ranks of each result."""
 from functools import cached_property
 from pathlib import Path
 
@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from prvr_nb.data.corpus import Problems, corpus_paths, read_captions, read_features, read_moments
-from prvr_nb.evaluation.embeddings import exact_matmul
 from prvr_nb.method.tokens import resample
 from prvr_nb.videos.cards import Answer, Card, events_html, frame_jpeg, image_html, jpeg, peak_text
 from prvr_nb.videos.features import manifest_path, read_manifest
 from prvr_nb.videos.images import picture_at
 from prvr_nb.videos.index import VideoIndex
-from prvr_nb.videos.search import Hit, Searcher, score_blocks, search
+from prvr_nb.videos.search import Hit, Searcher, score_all, search
 
 
 def find_events(
@@ -24,53 +23,58 @@ def find_events(
 )->np.ndarray: # (min(T, n_tokens),) number of the event that each token belongs to
     "Cut a video where its frames change: neighbours merge, the cheapest first (Ward), while little variation is lost."
     x = torch.as_tensor(frames, dtype=torch.float)
-    if len(x) > n_tokens: x = resample(x, torch.tensor([len(x)]), n_tokens)[0]
+    if len(x) > n_tokens:
+        x = resample(x, torch.tensor([len(x)]), n_tokens)[0]
     x = (x - x.mean(0)).double()
     means, sizes, price = list(x), [1] * len(x), share * x.square().sum().item()
     while len(means) > 1:
-        left, right, n = torch.stack(means[:-1]), torch.stack(means[1:]), torch.tensor(sizes, dtype=torch.double)
-        costs = n[:-1] * n[1:] / (n[:-1] + n[1:]) * (left - right).square().sum(1)
+        n = torch.tensor(sizes, dtype=torch.double)
+        costs = n[:-1] * n[1:] / (n[:-1] + n[1:]) * torch.stack(means).diff(dim=0).square().sum(1)
         i = costs.argmin().item()
-        if costs[i] > price and len(means) <= most: break
-        means[i:i + 2] = [(sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / (sizes[i] + sizes[i + 1])]
-        sizes[i:i + 2] = [sizes[i] + sizes[i + 1]]
+        if costs[i] > price and len(means) <= most:
+            break
+        both = sizes[i] + sizes[i + 1]
+        means[i:i + 2] = [(sizes[i] * means[i] + sizes[i + 1] * means[i + 1]) / both]
+        sizes[i:i + 2] = [both]
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
-def plain(
-    sentence:str,
-)->str: # lower case, single spaces, without a full stop
+def plain(sentence:str)->str: # lower case, single spaces, without a full stop
     "What two spellings of one query have in common."
     return " ".join(sentence.lower().split()).rstrip(".")
 
 
-class Collection:
-    "What is known about the videos of a collection besides their embeddings: files, captions, moments, features."
+class DatasetDetails:
+    "What is known about the videos of a dataset besides their embeddings: files, captions, moments, features."
     def __init__(self,
-        root:str|Path, # folder that holds the collections
+        root:str|Path, # folder that holds the datasets
         dataset:str, # one of them
     ):
-        self.root, self.dataset, self.cut = Path(root), dataset, {}
+        self.root, self.dataset, self.found_events = Path(root), dataset, {}
 
     @cached_property
     def manifest(self)->dict|None:
-        "Where the video files are; None when prvr_features did not make the collection."
-        return read_manifest(self.root, self.dataset) if manifest_path(self.root, self.dataset).exists() else None
+        "Where the video files are; None when prvr_features did not make the dataset."
+        there = manifest_path(self.root, self.dataset).exists()
+        return read_manifest(self.root, self.dataset) if there else None
 
     @cached_property
     def moments(self)->dict: # video → list of (sentence, Moment)
         "Annotated moments."
         found = {}
         for split in "train", "val", "test":
-            for (video, sentence), moments in read_moments(self.root, self.dataset, split).items(): found.setdefault(video, []).extend((sentence, moment) for moment in moments)
+            for (video, sentence), moments in read_moments(self.root, self.dataset, split).items():
+                found.setdefault(video, []).extend((sentence, moment) for moment in moments)
         return found
 
     @cached_property
     def captions(self)->dict: # plain sentence → {video: sentence}
         "Queries and their videos."
         found = {}
-        paths = (corpus_paths(self.root, self.dataset, split).captions for split in ("val", "test", "train"))
-        for caption in (c for path in paths if path.exists() for c in read_captions(path, Problems())): found.setdefault(plain(caption.sentence), {})[caption.video] = caption.sentence
+        for split in "val", "test", "train":
+            path = corpus_paths(self.root, self.dataset, split).captions
+            for caption in read_captions(path, Problems()) if path.exists() else ():
+                found.setdefault(plain(caption.sentence), {})[caption.video] = caption.sentence
         return found
 
     def file(self, video:str)->Path|None:
@@ -81,86 +85,75 @@ class Collection:
 
     def events(self, video:str)->np.ndarray|None: # of find_events
         "Its events, found once in its features; None when these are gone."
-        if video not in self.cut:
-            found = [rows for _, rows in read_features(corpus_paths(self.root, self.dataset).video, [video], "frame", Problems())]
-            self.cut[video] = find_events(found[0]) if found else None
-        return self.cut[video]
+        if video not in self.found_events:
+            path = corpus_paths(self.root, self.dataset).video
+            found = [find_events(rows) for _, rows in read_features(path, [video], "frame", Problems())]
+            self.found_events[video] = found[0] if found else None
+        return self.found_events[video]
+
+    def best_frame(self, hit:Hit)->bytes|None: # JPEG
+        "The picture at the best frame token of a result; None when there is no file to look into."
+        known = self.manifest and self.manifest["videos"].get(hit.id)
+        if not known or not hit.seconds:
+            return None
+        try:
+            if path := self.file(hit.id):
+                return frame_jpeg(path, path.stat().st_mtime, round(hit.seconds[2], 2))
+            return jpeg(picture_at(self.manifest, hit.id, hit.seconds[2])) if "shots" in known else None
+        except Exception: # a damaged file must not hide the other results
+            return None
+
+    def caption_at(self, hit:Hit)->str|None:
+        "What the dataset says about the best frame of a result."
+        there = [sentence for sentence, moment in self.moments.get(hit.id, [])
+                 if moment.start <= hit.peak * moment.duration < moment.end]
+        return there[0] if there else None
 
 
-def best_frame(
-    collection:Collection,
-    hit:Hit, # of a video of it
-)->bytes|None: # JPEG; None when there is no file to look into
-    "The picture at the best frame token of a result."
-    if not collection.manifest or hit.id not in collection.manifest["videos"] or not hit.seconds: return None
-    try:
-        if path := collection.file(hit.id): return frame_jpeg(path, path.stat().st_mtime, round(hit.seconds[2], 2))
-        if "shots" in collection.manifest["videos"][hit.id]: return jpeg(picture_at(collection.manifest, hit.id, hit.seconds[2]))
-    except Exception: return None # a damaged file must not hide the other results
-    return None
+class Library:
+    "The datasets behind an index, opened when they are needed."
+    def __init__(self, index:VideoIndex):
+        self.index = index
+        self.datasets = [DatasetDetails(*source) for source in index.sources]
+
+    def dataset(self, video:str)->DatasetDetails:
+        "Where a video comes from."
+        return self.datasets[self.index.entries[self.index.positions[video]].source]
+
+    def captioned(self, sentence:str)->dict: # video → sentence as its dataset spells it
+        "The indexed videos that a sentence is a caption of."
+        return {video: spelt for dataset in self.datasets for video, spelt in dataset.captions.get(plain(sentence), {}).items()
+                if video in self.index.positions}
+
+    def card(self, hit:Hit, place:int, own:dict)->Card: # own: see captioned
+        "A result with all that is known about it."
+        dataset, spelt = self.dataset(hit.id), own.get(hit.id)
+        frame = dataset.best_frame(hit)
+        picture = (image_html(frame, f"{hit.title} {peak_text(hit)}") if frame
+                   else events_html(dataset.events(hit.id), hit.peak))
+        truth = [moment for sentence, moment in dataset.moments.get(hit.id, []) if sentence == spelt]
+        return Card(hit, place, picture, spelt is not None, truth, dataset.caption_at(hit))
 
 
-def said_there(
-    hit:Hit,
-    annotated:list, # of (sentence, Moment), of its video
-)->str|None: # a caption
-    "What the corpus says about the best frame of a result."
-    inside = [sentence for sentence, m in annotated if m.start <= hit.peak * m.duration < m.end]
-    return inside[0] if inside else None
-
-
-@exact_matmul()
 def rank_of(
     index:VideoIndex,
     query:Tensor, # (1, d) of length 1
     clip_score_weight:float, # of the clip score, the frame score has the rest
     video:str, # its id
 )->int: # 1 for the best
-    "Where a video stands among all; of equal scores the video that was indexed first is better, as in top_k."
-    scores, places = (torch.cat(x, -1) for x in zip(*((s.cpu(), p.cpu()) for s, p in score_blocks(index, query, clip_score_weight, 2**21))))
-    here = (places == index.position(video)).nonzero().item()
-    own = scores[0, here]
-    return 1 + int((scores[0] > own).sum() + (scores[0, :here] == own).sum())
-
-
-class Library:
-    "The collections behind an index, opened when they are needed."
-    def __init__(self, index:VideoIndex): self.index, self.opened = index, {}
-
-    def collection(self, video:str)->Collection:
-        "Where a video comes from."
-        entry = self.index.entries[self.index.position(video)]
-        if entry.source not in self.opened: self.opened[entry.source] = Collection(*self.index.source(entry))
-        return self.opened[entry.source]
-
-    @property
-    def collections(self)->list:
-        "All of them."
-        firsts = {entry.source: entry.id for entry in reversed(self.index.entries)}
-        return [self.collection(firsts[source]) for source in sorted(firsts)]
-
-    def own(self, sentence:str)->dict: # video → sentence as the corpus spells it
-        "The indexed videos that a sentence is a caption of."
-        return {video: spelt for c in self.collections for video, spelt in c.captions.get(plain(sentence), {}).items() if video in self.index.positions}
-
-    def card(self, hit:Hit, place:int, own:dict)->Card:
-        "A result with all that is known about it."
-        collection = self.collection(hit.id)
-        annotated, spelt = collection.moments.get(hit.id, []), own.get(hit.id)
-        picture = best_frame(collection, hit)
-        drawn = image_html(picture, f"{hit.title} {peak_text(hit)}") if picture else events_html(collection.events(hit.id), hit.peak)
-        return Card(hit, place, drawn, spelt is not None, [m for sentence, m in annotated if sentence == spelt], said_there(hit, annotated))
-
+    "Where a video stands among all; of equal scores the video that was indexed first is better, as in a search."
+    scores, here = score_all(index, query[0].cpu().numpy(), clip_score_weight), index.positions[video]
+    return 1 + int((scores > scores[here]).sum() + (scores[:here] == scores[here]).sum())
 
 def answer(
     searcher:Searcher,
     library:Library, # of its index
-    query:Tensor, # (1, d) embedding
-    own:dict, # videos that the query is a caption of
+    sentence:str, # the query
+    query:Tensor, # (1, d) its embedding
     k:int, # results
     clip_score_weight:float, # of the clip score
 )->Answer:
     "Everything that the panel shows of one method."
-    hits, = search(searcher.index, query, k, clip_score_weight)
+    (hits,), own = search(searcher.index, query, k, clip_score_weight), library.captioned(sentence)
     ranks = {video: rank_of(searcher.index, query, clip_score_weight, video) for video in own}
     return Answer([library.card(hit, place, own) for place, hit in enumerate(hits, 1)], clip_score_weight, ranks)
