@@ -78,7 +78,7 @@ def train_command(parser):
     flag(parser, "--root", Path, ROOT)
     flag(parser, "--out", Path, "run folder to make")
     flag(parser, "--resume", False, "continue the run in --out, with its settings; without one there, start it")
-    flag(parser, "--checkpoint-seconds", 600., "time between saves within an epoch; each ends with one", type=seconds)
+    alias(parser, "--checkpoint-seconds", "checkpoint_seconds", type=seconds)
     config_flags(parser)
 
     def main(args):
@@ -90,7 +90,9 @@ def train_command(parser):
         from prvr_nb.training.loop import train
         if find_processes().is_main_process:
             say(json.dumps(asdict(config), indent=1))
-        rows = train(config, args.root, args.out, resume=args.resume, checkpoint_seconds=args.checkpoint_seconds)
+            if hasattr(args, "checkpoint_seconds"):
+                say("--checkpoint-seconds has no effect any more: a state is saved after every epoch")
+        rows = train(config, args.root, args.out, resume=args.resume)
         return text_table(rows) if rows else None # one of several processes has them
     return main
 
