@@ -291,8 +291,8 @@ def train(
         accelerator.end_training()
         if not main:
             return []
-        model = use_fast_modules(load_checkpoint(out/"best.safetensors"))
-        trained = {"name": out.name, **evaluate(model, val_set, accelerator.device)}
+        best = load_checkpoint(out/"best.safetensors")
+        trained = {"name": out.name, **evaluate(best, val_set, accelerator.device)}
         rows = [*zero_shot(val_set, accelerator.device), trained]
         write_json(out/"metrics.json", {"rows": rows, "best_epoch": state.best_epoch, "split": "val"})
     return rows
