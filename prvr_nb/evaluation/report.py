@@ -18,124 +18,161 @@ from matplotlib.figure import Figure
 
 from ..data.corpus import read_moments
 from ..data.prepared import PreparedSplit
+from ..files import replace_file
 from ..method.model import Embeddings
 from ..method.retrieval import fuse, max_scores
 from ..plots import curves, relevance_curve, similarity_map, use_style
 
 # %% ../../nbs/evaluation/03_report.ipynb #3c08c271
-COLUMNS = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "r100": "R@100", "sum_r": "SumR", "text_diff_norm": "text Diff.Norm",
-           "video_diff_norm": "video Diff.Norm", "spearman": "Spearman"}
+COLUMNS = {
+    "r1": "R@1",
+    "r5": "R@5",
+    "r10": "R@10",
+    "r100": "R@100",
+    "sum_r": "SumR",
+    "text_diff_norm": "text Diff.Norm",
+    "video_diff_norm": "video Diff.Norm",
+    "spearman": "Spearman",
+}
 
 # %% ../../nbs/evaluation/03_report.ipynb #783aeb12
 def cell(
-    value:float|None, # a metric
-    digits:int=1, # after the point
-)->str: # '–' for what was not measured
+    value: float | None,  # a metric
+    digits: int = 1,  # after the point
+) -> str:  # '–' for what was not measured
     "A number for a table."
     return "–" if value is None else f"{value:.{digits}f}"
 
 # %% ../../nbs/evaluation/03_report.ipynb #ce5df1c7
 def digits_of(
-    key:str, # a metric
-)->int: # after the point
+    key: str,  # a metric
+) -> int:  # after the point
     "Percentages and correlations get one digit, normalised gaps three."
     return 3 if key.endswith("diff_norm") else 1
 
 # %% ../../nbs/evaluation/03_report.ipynb #452ce02c
 def table_cells(
-    rows:list, # rows of metrics.json
-)->list: # of lists of strings, the head first
+    rows: list,  # rows of metrics.json
+) -> list:  # of lists of strings, the head first
     "The columns of a PRVR table plus collapse and agreement with the teacher."
-    return [["", *COLUMNS.values()]] + [[row["name"], *(cell(row.get(key), digits_of(key)) for key in COLUMNS)] for row in rows]
+    return [["", *COLUMNS.values()]] + [
+        [row["name"], *(cell(row.get(key), digits_of(key)) for key in COLUMNS)] for row in rows
+    ]
 
 # %% ../../nbs/evaluation/03_report.ipynb #946233de
 def text_table(
-    rows:list, # rows of metrics.json
-)->str: # aligned columns for a terminal
+    rows: list,  # rows of metrics.json
+) -> str:  # aligned columns for a terminal
     "One table, as text."
     cells = table_cells(rows)
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in cells)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
+        for row in cells
+    )
 
 # %% ../../nbs/evaluation/03_report.ipynb #ce361b9f
 def html_table(
-    rows:list, # rows of metrics.json
-)->str: # <table>
+    rows: list,  # rows of metrics.json
+) -> str:  # <table>
     "The same table for a page."
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+    def line(row, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
     head, *body = table_cells(rows)
     return "<table>" + line(head, "th") + "".join(line(row, "td") for row in body) + "</table>"
 
 # %% ../../nbs/evaluation/03_report.ipynb #f77be11f
 def similarity_figure(
-    embeddings:dict, # run name → Embeddings
-    corpus:PreparedSplit, # prepared split
-    n_videos:int=12, # how many videos to show
-)->Figure: # two rows: queries and frames; a column per run
+    embeddings: dict,  # run name → Embeddings
+    corpus: PreparedSplit,  # prepared split
+    n_videos: int = 12,  # how many videos to show
+) -> Figure:  # two rows: queries and frames; a column per run
     "Query–query and frame–frame similarities, ordered by video: collapse shows as bright squares on a dark ground."
     fig, axes = plt.subplots(2, len(embeddings), figsize=(4 * len(embeddings), 7), squeeze=False)
     chosen = corpus.queries.video < n_videos
-    for column, (name, e) in zip(axes.T, embeddings.items()):
+    for column, (name, e) in zip(axes.T, embeddings.items(), strict=True):
         q, f = e.queries[chosen.to(e.queries.device)].cpu(), e.frames[:n_videos, ::4].flatten(0, 1).cpu()
         similarity_map(q @ q.T, corpus.queries.video[chosen], f"{name}: queries", vmin=-0.2, vmax=1, ax=column[0])
-        similarity_map(f @ f.T, torch.arange(n_videos).repeat_interleave(len(f) // n_videos), f"{name}: frames", vmin=-0.2, vmax=1, ax=column[1])
+        similarity_map(
+            f @ f.T,
+            torch.arange(n_videos).repeat_interleave(len(f) // n_videos),
+            f"{name}: frames",
+            vmin=-0.2,
+            vmax=1,
+            ax=column[1],
+        )
     return fig
 
 # %% ../../nbs/evaluation/03_report.ipynb #5a09e4be
 def curves_figure(
-    histories:dict, # run name → lines of history.jsonl
-)->Figure: # SumR and loss per epoch
+    histories: dict,  # run name → lines of history.jsonl
+) -> Figure:  # SumR and loss per epoch
     "Training curves of several runs."
     fig, axes = plt.subplots(1, 2, figsize=(9, 3))
-    curves({name: [line["sum_r"] for line in lines] for name, lines in histories.items()}, "Validation recall", ax=axes[0])
-    curves({name: [line["loss"] for line in lines] for name, lines in histories.items()}, "Training loss (its terms differ between runs)", "loss", ax=axes[1])
+    curves(
+        {name: [line["sum_r"] for line in lines] for name, lines in histories.items()}, "Validation recall", ax=axes[0]
+    )
+    curves(
+        {name: [line["loss"] for line in lines] for name, lines in histories.items()},
+        "Training loss (its terms differ between runs)",
+        "loss",
+        ax=axes[1],
+    )
     return fig
 
 # %% ../../nbs/evaluation/03_report.ipynb #6dbfe605
 def ranked(
-    e:Embeddings, # normalised
-    query:int, # index
-    clip_score_weight:float=0.4, # the frame branch has the rest
-)->tuple: # (V,) scores, (V,) video indices from best to worst
+    e: Embeddings,  # normalised
+    query: int,  # index
+    clip_score_weight: float = 0.4,  # the frame branch has the rest
+) -> tuple:  # (V,) scores, (V,) video indices from best to worst
     "All videos for one query, best first."
-    q = e.queries[query:query + 1]
+    q = e.queries[query : query + 1]
     scores = fuse(max_scores(q, e.clips), max_scores(q, e.frames), clip_score_weight)[0]
     return scores, scores.argsort(descending=True)
 
 # %% ../../nbs/evaluation/03_report.ipynb #51099ee3
 def example_figure(
-    e:Embeddings, # normalised
-    corpus:PreparedSplit, # prepared split
-    query:int, # index
-    moments:dict, # see read_moments
-    top:int=3, # videos to show
-)->Figure: # a relevance curve per video
+    e: Embeddings,  # normalised
+    corpus: PreparedSplit,  # prepared split
+    query: int,  # index
+    moments: dict,  # see read_moments
+    top: int = 3,  # videos to show
+) -> Figure:  # a relevance curve per video
     "One query's best videos with their relevance curves; in the correct video the annotated moment is shaded."
     caption, video = corpus.split.captions[query], int(corpus.queries.video[query])
     scores, order = ranked(e, query)
     shown = order[:top].tolist()
-    if video not in shown: shown[-1] = video
+    if video not in shown:
+        shown[-1] = video
     fig, axes = plt.subplots(top, 1, figsize=(8, 1.7 * top))
-    for ax, v in zip(axes, shown):
+    for ax, v in zip(axes, shown, strict=True):
         found = moments.get((caption.video, caption.sentence)) if v == video else None
         place, verdict = order.tolist().index(v) + 1, "  ← correct" if v == video else ""
-        relevance_curve((e.frames[v] @ e.queries[query]).cpu(), found and found[0][:2], found[0].duration if found else 1.,
-                        f"#{place}  {corpus.split.videos[v]}  score {scores[v]:.2f}{verdict}", ax)
-        if not found: ax.set_xlabel("share of the video")
+        relevance_curve(
+            (e.frames[v] @ e.queries[query]).cpu(),
+            found and found[0][:2],
+            found[0].duration if found else 1.0,
+            f"#{place}  {corpus.split.videos[v]}  score {scores[v]:.2f}{verdict}",
+            ax,
+        )
+        if not found:
+            ax.set_xlabel("share of the video")
     fig.suptitle(f"“{caption.sentence}”")
     return fig
 
 # %% ../../nbs/evaluation/03_report.ipynb #3c02bab9
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse}}td,th{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ccc}}td:first-child,th:first-child{{text-align:left}}
+table{{border-collapse:collapse}}td,th{{padding:.3rem .7rem;text-align:right;border-bottom:1px solid #ccc}}
+td:first-child,th:first-child{{text-align:left}}
 img{{max-width:100%}}</style><h1>{title}</h1>{body}</html>"""
 
 # %% ../../nbs/evaluation/03_report.ipynb #b6dfcf53
 def image_tag(
-    fig:Figure, # closed afterwards
-    alt:str, # what it shows, for those who cannot see it
-)->str: # <img> that carries its picture
+    fig: Figure,  # closed afterwards
+    alt: str,  # what it shows, for those who cannot see it
+) -> str:  # <img> that carries its picture
     "A figure as part of a page."
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=90)
@@ -144,28 +181,33 @@ def image_tag(
 
 # %% ../../nbs/evaluation/03_report.ipynb #0ec342a7
 def write_report(
-    path:str|Path, # '*.html' to write
-    rows:list, # rows of metrics.json
-    histories:dict, # run name → lines of history.jsonl
-    embeddings:dict, # run name → Embeddings of the validation split
-    corpus:PreparedSplit, # prepared validation split
-    root:str|Path, # for the moment annotations
-    collection:str, # collection name
-    n_examples:int=4, # queries to show
+    path: str | Path,  # '*.html' to write
+    rows: list,  # rows of metrics.json
+    histories: dict,  # run name → lines of history.jsonl
+    embeddings: dict,  # run name → Embeddings of the validation split
+    corpus: PreparedSplit,  # prepared validation split
+    root: str | Path,  # for the moment annotations
+    dataset: str,  # its name
+    n_examples: int = 4,  # queries to show
 ):
     "One self-contained page: table, curves, similarity maps and ranked examples."
     use_style()
-    moments = read_moments(root, collection, "val")
+    moments = read_moments(root, dataset, "val")
     name, last = list(embeddings.items())[-1]
     queries = torch.linspace(0, len(corpus.split.captions) - 1, n_examples).long().tolist()
-    body = [html_table(rows), "<p>R@k and SumR in percent. Diff.Norm: how much closer two queries (frames) of one video are than any two, 0 when not at all; "
-            "Spearman: agreement with the teacher's query similarities, ×100.</p>",
-            "<h2>Training</h2>", image_tag(curves_figure(histories), "SumR and loss per epoch"),
-            "<h2>Who is similar to whom</h2><p>White lines separate videos. Bright squares along the diagonal with a dark rest mean that videos have become points.</p>",
-            image_tag(similarity_figure(embeddings, corpus), "similarity matrices ordered by video"),
-            f"<h2>Ranked examples ({html.escape(name)})</h2><p>Queries are taken at equal distances from the validation list, not picked.</p>"]
+    body = [
+        html_table(rows),
+        "<p>R@k and SumR in percent. Diff.Norm: how much closer two queries (frames) of one video are than any two, "
+        "0 when not at all; "
+        "Spearman: agreement with the teacher's query similarities, ×100.</p>",
+        "<h2>Training</h2>",
+        image_tag(curves_figure(histories), "SumR and loss per epoch"),
+        "<h2>Who is similar to whom</h2><p>White lines separate videos. Bright squares along the diagonal with a "
+        "dark rest mean that videos have become points.</p>",
+        image_tag(similarity_figure(embeddings, corpus), "similarity matrices ordered by video"),
+        f"<h2>Ranked examples ({html.escape(name)})</h2><p>Queries are taken at equal distances from the validation "
+        f"list, not picked.</p>",
+    ]
     body += [image_tag(example_figure(last, corpus, q, moments), corpus.split.captions[q].sentence) for q in queries]
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(PAGE.format(title=f"prvr_nb: {html.escape(collection)}", body="\n".join(body)), encoding="utf-8")
-    aside.replace(path)
+    title = f"prvr_nb: {html.escape(dataset)}"
+    replace_file(path, PAGE.format(title=title, body="\n".join(body)).encode())
