@@ -24,9 +24,8 @@ import pytest
 from PIL import Image
 
 from prvr_nb.config import published_config
-from prvr_nb.videos.clip import write_tiny_clip
+from makers import write_tiny_clip, write_video
 from prvr_nb.videos.features import extract_videos
-from prvr_nb.videos.frames import write_video
 from prvr_nb.videos.embedder import Embedder
 from prvr_nb.videos.index import build_index
 from prvr_nb.videos.search import moment_text, open_searcher

@@ -1,4 +1,4 @@
-"""A user's own folder, from video files to an answer: the README's commands, typed in the README's order, each in a process of its own."""
+"""A user's own folder, from video files to an answer: the README's commands, in the README's order, each in a process."""
 import configparser
 import csv
 import json
@@ -12,21 +12,24 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from makers import write_tiny_clip, write_video
 from PIL import Image, ImageDraw
 
 from prvr_nb.config import read_config
 from prvr_nb.data.corpus import check_corpus, corpus_paths, read_moments
-from prvr_nb.videos.clip import encode_text, load_encoder, write_tiny_clip
-from prvr_nb.videos.frames import write_video
+from prvr_nb.videos.clip import encode_text, load_encoder
 from prvr_nb.videos.index import VideoIndex
 from prvr_nb.videos.search import open_searcher
 
 ROOT = Path(__file__).parent.parent
 QUERY = "a man opens the fridge"
-SCENES = {QUERY: ("white", "rectangle", "navy"), "a dog runs over the grass": ("green", "ellipse", "brown"), "red, then orange: the sun sets": ("darkred", "ellipse", "orange"),
-          "a train crosses the bridge": ("skyblue", "rectangle", "black"), "she says \"hello\" to the snow": ("silver", "ellipse", "purple")}
-FILES = {"kitchen.mp4": "libx264", "park walk.webm": "libvpx-vp9", "old/tape.avi": "mpeg4", "evening.mkv": "libx264", "train.mov": "libx265",
-         "snow.ts": "libx264", "disc.mpg": "mpeg2video", "upright.mp4": "libx264", "slides.mkv": "libx264", "short.webm": "libvpx-vp9"}
+SCENES = {QUERY: ("white", "rectangle", "navy"), "a dog runs over the grass": ("green", "ellipse", "brown"),
+          "red, then orange: the sun sets": ("darkred", "ellipse", "orange"),
+          "a train crosses the bridge": ("skyblue", "rectangle", "black"),
+          "she says \"hello\" to the snow": ("silver", "ellipse", "purple")}
+FILES = {"kitchen.mp4": "libx264", "park walk.webm": "libvpx-vp9", "old/tape.avi": "mpeg4", "evening.mkv": "libx264",
+         "train.mov": "libx265", "snow.ts": "libx264", "disc.mpg": "mpeg2video", "upright.mp4": "libx264",
+         "slides.mkv": "libx264", "short.webm": "libvpx-vp9"}
 
 
 def pictures(sentence, n, size):
@@ -39,14 +42,21 @@ def pictures(sentence, n, size):
 
 
 def make_video(path, codec, number):
-    "Two scenes of different lengths, five pictures a second; one file turned, one with pictures at odd times, one shorter than a second. Returns what is seen when."
+    """Two scenes of different lengths, five pictures a second; returns what is seen when.
+
+    One file is turned, one has pictures at odd times, one is shorter than a second.
+    """
     first, second = (list(SCENES)[(number + i) % len(SCENES)] for i in (0, 2))
     cut, n, size = 10 + 5 * (number % 3), 30 + 5 * number, (96, 64) if number % 2 else (64, 64)
     shown = [*pictures(first, cut, size), *pictures(second, n - cut, size)]
-    if path.name.startswith("short"): cut, n = 3, 3
-    times = [i / 5 + 0.1 * (i % 2) for i in range(n)] if path.name.startswith("slides") else [i / 25 for i in range(5 * n)]
+    if path.name.startswith("short"):
+        cut, n = 3, 3
+    times, rate = [i / 25 for i in range(5 * n)], 25
+    if path.name.startswith("slides"):
+        times, rate = [i / 5 + 0.1 * (i % 2) for i in range(n)], 10
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, [shown[int(5 * t + 0.01)] for t in times], times, rate=25 if len(times) > n else 10, codec=codec, rotation=90 * path.name.startswith("upright"))
+    write_video(path, [shown[int(5 * t + 0.01)] for t in times], times, rate=rate, codec=codec,
+                rotation=90 * path.name.startswith("upright"))
     return [(first, 0, cut / 5)] + [(second, cut / 5, n / 5)] * (n > cut)
 
 
@@ -64,7 +74,8 @@ def call(folder, words, *more):
     config.read(ROOT / "settings.ini")
     scripts = dict(line.strip().split("=") for line in config["DEFAULT"]["console_scripts"].split("\n"))
     module, function = scripts[words[0]].split(":")
-    done = subprocess.run([sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())", *words[1:], *more], cwd=folder, capture_output=True, text=True,
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    done = subprocess.run([sys.executable, "-c", code, *words[1:], *more], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -72,8 +83,10 @@ def call(folder, words, *more):
 
 def answers(text):
     "What prvr_search prints for one sentence: (score, start and end in seconds, strip, title) of each video."
-    seconds = lambda clock: sum(int(part) * 60**i for i, part in enumerate(reversed(clock.split(":"))))
-    rows = [re.fullmatch(r" *\d+  (-?\d\.\d+)  +([\d:]+)–([\d:]+)  (\S+)  (.+)", line).groups() for line in text.splitlines()[1:]]
+    def seconds(clock):
+        return sum(int(part) * 60**i for i, part in enumerate(reversed(clock.split(":"))))
+    row = re.compile(r" *\d+  (-?\d\.\d+)  +([\d:]+)–([\d:]+)  (\S+)  (.+)")
+    rows = [row.fullmatch(line).groups() for line in text.splitlines()[1:]]
     return [(float(score), seconds(start), seconds(end), strip, title) for score, start, end, strip, title in rows]
 
 
@@ -85,7 +98,8 @@ def home(tmp_path_factory):
         rows = csv.writer(file)
         rows.writerow(["video", "sentence"])
         for number, (name, codec) in enumerate(FILES.items()):
-            for sentence, _, _ in make_video(folder / "my_videos" / name, codec, number): rows.writerow([name, sentence])
+            for sentence, _, _ in make_video(folder / "my_videos" / name, codec, number):
+                rows.writerow([name, sentence])
     write_tiny_clip(folder / "clip", SCENES)
     return folder
 
@@ -94,7 +108,7 @@ def home(tmp_path_factory):
 def answered(home):
     "What the four commands of the README print, of which only the model and the size of the training are changed."
     commands, _ = readme_commands()
-    small = "--epochs 2 --batch 4 --hidden 32 --heads 2 --merge-schedule 32,16 --segment-levels 16,8".split()
+    small = "--epochs 2 --batch-size 4 --hidden-size 32 --heads 2 --merge-schedule 32,16 --segment-levels 16,8".split()
     extra = {"prvr_features": ["--model", str(home / "clip")], "prvr_train": small}
     return [call(home, words, *extra.get(words[0], [])) for words in commands]
 
@@ -105,24 +119,28 @@ def test_the_readme_goes_from_features_to_training_to_search():
     assert [words[1] for words in (*commands[2:], alone)] == ["build", "--index", "build"] and commands[3][-1] == QUERY
 
 
-def test_ten_videos_become_a_collection(home, answered):
-    check_corpus(home / "data", "mine") # raises with everything that is missing
+def test_ten_videos_become_a_corpus(home, answered):
+    check_corpus(home / "data", "mine")  # raises with everything that is missing
     paths = corpus_paths(home / "data", "mine")
     ids = {re.sub(r"[ /]", "_", name.rsplit(".", 1)[0]): number for number, name in enumerate(FILES)}
     with h5py.File(paths.video) as video, h5py.File(paths.text) as text:
         assert set(video) == set(ids) == {key.partition("#")[0] for key in text}
         rows = {id: video[id][:] for id in ids}
-    assert {id: len(rows[id]) for id in ids} == {id: 1 if id == "short" else 6 + number for id, number in ids.items()} # a row for each second that has begun
-    assert all(np.ptp(rows[id], axis=0).max() > 0.01 for id in ids if id != "short") # which differ
-    captions = [len(corpus_paths(home / "data", "mine", split).captions.read_text().splitlines()) for split in ("train", "val")]
-    assert sum(captions) == 19 and min(captions) >= 2 and "10 videos" in answered[0]
+    for id, number in ids.items():
+        assert len(rows[id]) == (1 if id == "short" else 6 + number)  # a row for each second that has begun
+        assert id == "short" or np.ptp(rows[id], axis=0).max() > 0.01  # which differ
+    captions = [corpus_paths(home / "data", "mine", split).captions.read_text() for split in ("train", "val")]
+    sizes = [len(text.splitlines()) for text in captions]
+    assert sum(sizes) == 19 and min(sizes) >= 2 and "10 videos" in answered[0]
 
 
 def test_training_leaves_a_run(home, answered):
     run = home / "runs" / "mine"
     assert {"config.json", "history.jsonl", "metrics.json", "best.safetensors"} <= {path.name for path in run.iterdir()}
-    assert read_config(run / "config.json").dataset == "mine" and len((run / "history.jsonl").read_text().splitlines()) == 2
-    assert [row["name"] for row in json.loads((run / "metrics.json").read_text())["rows"]] == ["zero-shot teacher", "mine"]
+    assert read_config(run / "config.json").dataset == "mine"
+    assert len((run / "history.jsonl").read_text().splitlines()) == 2
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["zero-shot teacher", "mine"]
 
 
 def test_the_answer_lists_videos_with_moments_inside_them(home, answered):
@@ -130,20 +148,26 @@ def test_the_answer_lists_videos_with_moments_inside_them(home, answered):
     durations = {entry.title: entry.duration for entry in index.entries}
     assert set(durations) == set(FILES) and answered[3].splitlines()[0] == QUERY
     found = answers(answered[3])
-    assert len({title for *_, title in found}) == 5 and [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
+    assert len({title for *_, title in found}) == 5
+    assert [row[0] for row in found] == sorted((row[0] for row in found), reverse=True)
     for _, start, end, strip, title in found:
-        assert 0 <= start < end < durations[title] + 1 and re.fullmatch(r"[▁-█]*\[[▁-█]+\][▁-█]*", strip) # times are rounded to whole seconds
+        assert 0 <= start < end < durations[title] + 1  # times are rounded to whole seconds
+        assert re.fullmatch(r"[▁-█]*\[[▁-█]+\][▁-█]*", strip)
 
 
 def test_terminal_json_and_python_agree(home, answered):
     folder = home / "runs" / "mine" / "index"
-    printed, = json.loads(call(home, ["prvr_search", "--index", "runs/mine/index", QUERY, "--json", "--k", "10"]))
+    words = ["prvr_search", "--index", "runs/mine/index", QUERY, "--json", "--k", "10"]
+    printed, = json.loads(call(home, words))
     hits, = open_searcher(folder).search([QUERY], 10)
-    assert printed["query"] == QUERY and [row["id"] for row in printed["results"]] == [hit.id for hit in hits] and len(hits) == 10
-    for row, hit in zip(printed["results"], hits):
-        assert row["title"] == hit.title and row["score"] == pytest.approx(hit.score, abs=1e-5) and row["relevance"] == pytest.approx(hit.curve.tolist(), abs=1e-4)
-        assert list(row["seconds"].values()) == pytest.approx(hit.seconds, abs=1e-3) and 0 <= row["seconds"]["start"] <= row["seconds"]["peak"] <= row["seconds"]["end"] <= row["duration"]
-    assert [title for *_, title in answers(answered[3])] == [hit.title for hit in hits[:5]]
+    assert printed["query"] == QUERY and [row["id"] for row in printed["results"]] == [hit.id for hit in hits]
+    assert len(hits) == 10 and [title for *_, title in answers(answered[3])] == [hit.title for hit in hits[:5]]
+    for row, hit in zip(printed["results"], hits, strict=True):
+        assert row["title"] == hit.title and row["score"] == pytest.approx(hit.score, abs=1e-5)
+        assert row["relevance"] == pytest.approx(hit.curve.tolist(), abs=1e-4)
+        times = row["seconds"]
+        assert list(times.values()) == pytest.approx(hit.seconds, abs=1e-3)
+        assert 0 <= times["start"] <= times["peak"] <= times["end"] <= row["duration"]
 
 
 def test_without_captions_clip_alone_searches(home, tmp_path):
@@ -155,11 +179,15 @@ def test_without_captions_clip_alone_searches(home, tmp_path):
     assert not read_moments(made, "mine", "val") and not corpus_paths(made, "mine").captions.exists()
     build = [{"data": str(made), "runs/mine_index": str(tmp_path / "index")}.get(word, word) for word in build]
     assert "10 videos" in call(home, build)
-    printed, = json.loads(call(home, ["prvr_search", "--index", str(tmp_path / "index"), QUERY, "--json", "--k", "10"]))
+    words = ["prvr_search", "--index", str(tmp_path / "index"), QUERY, "--json", "--k", "10"]
+    printed, = json.loads(call(home, words))
     query = encode_text([QUERY], load_encoder(home / "clip", "cpu"))[0][-1]
     with h5py.File(corpus_paths(made, "mine").video) as file:
-        cosines = {id: file[id][:] @ query / np.linalg.norm(file[id][:], axis=1) / np.linalg.norm(query) for id in file}
-    assert [row["score"] for row in printed["results"]] == pytest.approx(sorted((c.max() for c in cosines.values()), reverse=True), abs=2e-3)
+        unit = {id: file[id][:] / np.linalg.norm(file[id][:], axis=1, keepdims=True) for id in file}
+    cosines = {id: rows @ query / np.linalg.norm(query) for id, rows in unit.items()}
+    best = sorted((cosine.max() for cosine in cosines.values()), reverse=True)
+    assert [row["score"] for row in printed["results"]] == pytest.approx(best, abs=2e-3)
     for row in printed["results"]:
         cosine, peak = cosines[row["id"]], row["seconds"]["peak"] / row["duration"]
-        assert row["score"] == pytest.approx(cosine.max(), abs=2e-3) and cosine[int(peak * len(cosine))] == pytest.approx(cosine.max(), abs=2e-3)
+        assert row["score"] == pytest.approx(cosine.max(), abs=2e-3)
+        assert cosine[int(peak * len(cosine))] == pytest.approx(cosine.max(), abs=2e-3)

@@ -17,9 +17,9 @@ from prvr_nb.videos import panel as module
 from prvr_nb.config import published_config
 from prvr_nb.files import UserError
 from prvr_nb.data.corpus import Moment, corpus_paths
-from prvr_nb.videos.clip import write_tiny_clip
+from makers import write_tiny_clip, write_video
 from prvr_nb.videos.features import extract_videos
-from prvr_nb.videos.frames import video_images, write_video
+from prvr_nb.videos.frames import video_images
 from prvr_nb.app import index_names, page, write_page
 from prvr_nb.cli import app_command
 from prvr_nb.demo import demo_indexes, demo_searchers
