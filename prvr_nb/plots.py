@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-# Okabe and Ito's colours with a dark grey for their black, told apart by people with any kind of colour vision; the same thing has the same one everywhere.
+# Okabe and Ito's colours with a dark grey for their black, told apart with any kind of colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555")
 
 COLOUR = {
@@ -129,7 +129,7 @@ def strips(
         labels = np.asarray(labels)
         starts = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
         ends = np.append(starts[1:], len(labels))
-        for start, end in zip(starts, ends):
+        for start, end in zip(starts, ends, strict=True):
             if labels[start] >= 0:
                 ax.broken_barh(
                     [(start / len(labels), (end - start) / len(labels))],

@@ -1,4 +1,4 @@
-"""Corpora on disk: every kind of damage is reported at once with file, line or key, and remedy; odd but healthy corpora are prepared.
+"""Corpora on disk: every kind of damage is reported at once with file, place and remedy; odd but healthy ones pass.
 
 Each test writes a small corpus in the released layout, breaks it, and reads it with `check_corpus` and with `prepare`.
 """
@@ -37,7 +37,7 @@ HEALTHY = {
 
 
 def write(root, splits=HEALTHY, name=NAME, prefix="", width=WIDTH):
-    "Write a corpus; `prefix` precedes ids in captions and text keys, but not in the video file. Returns the training paths."
+    "Write a corpus; `prefix` precedes ids in captions and text keys, not in the video file. Returns the training paths."
     rng, paths = np.random.default_rng(0), corpus_paths(root, name, "train")
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,191 +123,87 @@ CASES = {
     "blank caption file": (lambda p: p.captions.write_text("\n \n"), "captions", "is empty", "one line per query"),
     "caption file in Latin-1": (
         lambda p: p.captions.write_bytes("a#enc#0 café\n".encode("latin-1")),
-        "captions",
-        "not UTF-8",
-        "save it as UTF-8",
-    ),
+        "captions", "not UTF-8", "save it as UTF-8"),
     "line without id": (
         lambda p: edit(p.captions, "a#enc#1 ", ""),
-        "captions",
-        "line 2: no caption id",
-        "write '<video id>#enc#<k> <sentence>'",
-    ),
+        "captions", "line 2: no caption id", "write '<video id>#enc#<k> <sentence>'"),
     "line without video": (
         lambda p: edit(p.captions, "a#enc#1", "#enc#1"),
-        "captions",
-        "line 2: no caption id",
-        "write '<video id>#enc#<k> <sentence>'",
-    ),
+        "captions", "line 2: no caption id", "write '<video id>#enc#<k> <sentence>'"),
     "line without text": (
         lambda p: edit(p.captions, "b#enc#0 someone does something", "b#enc#0  "),
-        "captions",
-        "line 3: caption b#enc#0 has no text",
-        "add the sentence or delete the line",
-    ),
+        "captions", "line 3: caption b#enc#0 has no text", "add the sentence or delete the line"),
     "duplicate id": (
         lambda p: edit(p.captions, "b#enc#1", "a#enc#0"),
-        "captions",
-        "line 4: caption id a#enc#0 stands in line 1 already",
-        "ids must be unique",
-    ),
+        "captions", "line 4: caption id a#enc#0 stands in line 1 already", "ids must be unique"),
     "one video": (
         lambda p: p.captions.write_text("a#enc#0 someone\na#enc#1 someone\n"),
-        "captions",
-        "names 1 video",
-        "at least two",
-    ),
+        "captions", "names 1 video", "at least two"),
     "query without features": (
-        lambda p: put(p.text, "a#enc#1"),
-        "text",
-        "a#enc#1",
-        "extract its features or remove its captions",
-    ),
+        lambda p: put(p.text, "a#enc#1"), "text", "a#enc#1", "extract its features or remove its captions"),
     "video without features": (
-        lambda p: put(p.video, "b"),
-        "video",
-        "entry b",
-        "extract its features or remove its captions",
-    ),
+        lambda p: put(p.video, "b"), "video", "entry b", "extract its features or remove its captions"),
     "query without tokens": (
         lambda p: put(p.text, "a#enc#1", np.zeros((0, WIDTH))),
-        "text",
-        "entry a#enc#1 has no tokens",
-        "extract it again or remove its captions",
-    ),
+        "text", "entry a#enc#1 has no tokens", "extract it again or remove its captions"),
     "video without frames": (
         lambda p: put(p.video, "a", np.zeros((0, WIDTH))),
-        "video",
-        "entry a has no frames",
-        "extract it again or remove its captions",
-    ),
+        "video", "entry a has no frames", "extract it again or remove its captions"),
     "video of one row without a frame axis": (
-        lambda p: put(p.video, "a", np.ones(WIDTH)),
-        "video",
-        "entry a has shape (6,)",
-        "store one row per frame",
-    ),
+        lambda p: put(p.video, "a", np.ones(WIDTH)), "video", "entry a has shape (6)", "store one row per frame"),
     "video without columns": (
-        lambda p: put(p.video, "a", np.ones((3, 0))),
-        "video",
-        "entry a has shape (3, 0)",
-        "store one row per frame",
-    ),
+        lambda p: put(p.video, "a", np.ones((3, 0))), "video", "entry a has shape (3, 0)", "store one row per frame"),
     "last video of another width": (
         lambda p: put(p.video, "b", np.ones((3, 9))),
-        "video",
-        "entry b has 9 columns",
-        "use one feature extractor for all",
-    ),
+        "video", "entry b has 9 columns", "use one feature extractor for all"),
     "query of another width": (
         lambda p: put(p.text, "b#enc#0", np.ones((3, 9))),
-        "text",
-        "entry b#enc#0 has 9 columns where the others have 6",
-        "use one feature extractor for all",
-    ),
+        "text", "entry b#enc#0 has 9 columns where the others have 6", "use one feature extractor for all"),
     "first query of another width": (
         lambda p: put(p.text, "a#enc#0", np.ones((3, 9))),
-        "text",
-        "entry a#enc#0 has 9 columns where the others have 6",
-        "use one feature extractor for all",
-    ),
+        "text", "entry a#enc#0 has 9 columns where the others have 6", "use one feature extractor for all"),
     "NaN in a video": (
-        lambda p: put(p.video, "b", holding(np.nan)),
-        "video",
-        "entry b holds NaN or infinity",
-        "extract it again",
-    ),
+        lambda p: put(p.video, "b", holding(np.nan)), "video", "entry b holds NaN or infinity", "extract it again"),
     "infinity in a video": (
-        lambda p: put(p.video, "b", holding(np.inf)),
-        "video",
-        "entry b holds NaN or infinity",
-        "extract it again",
-    ),
+        lambda p: put(p.video, "b", holding(np.inf)), "video", "entry b holds NaN or infinity", "extract it again"),
     "NaN in a query": (
         lambda p: put(p.text, "b#enc#0", holding(np.nan)),
-        "text",
-        "entry b#enc#0 holds NaN or infinity",
-        "extract it again",
-    ),
+        "text", "entry b#enc#0 holds NaN or infinity", "extract it again"),
     "minus infinity in a query": (
         lambda p: put(p.text, "b#enc#0", holding(-np.inf)),
-        "text",
-        "entry b#enc#0 holds NaN or infinity",
-        "extract it again",
-    ),
+        "text", "entry b#enc#0 holds NaN or infinity", "extract it again"),
     "truncated video features": (
         lambda p: p.video.write_bytes(p.video.read_bytes()[:-700]),
-        "video",
-        "cannot be opened as HDF5",
-        "copy or download it again",
-    ),
+        "video", "cannot be opened as HDF5", "copy or download it again"),
     "text features that are not HDF5": (
         lambda p: p.text.write_bytes(b"<html>quota exceeded</html>"),
-        "text",
-        "cannot be opened as HDF5",
-        "copy or download it again",
-    ),
+        "text", "cannot be opened as HDF5", "copy or download it again"),
     "damaged entry": (
-        lambda p: damage_inside(p.video, "b"),
-        "video",
-        "entry b cannot be read",
-        "copy or download the file again",
-    ),
+        lambda p: damage_inside(p.video, "b"), "video", "entry b cannot be read", "copy or download the file again"),
     "dangling entry": (
         lambda p: dangling(p.text, "b#enc#0"),
-        "text",
-        "entry b#enc#0 cannot be read",
-        "copy or download the file again",
-    ),
+        "text", "entry b#enc#0 cannot be read", "copy or download the file again"),
     "words instead of numbers": (
-        lambda p: put(p.video, "b", "frames"),
-        "video",
-        "entry b has type object",
-        "store float16 or float32",
-    ),
+        lambda p: put(p.video, "b", "frames"), "video", "entry b has type object", "store float16 or float32"),
     "group instead of numbers": (
-        lambda p: put_group(p.video, "b"),
-        "video",
-        "entry b is a group",
-        "store one array per id",
-    ),
+        lambda p: put_group(p.video, "b"), "video", "entry b is a group", "store one array per id"),
     "zeros": (
-        lambda p: put(p.video, "b", np.zeros((3, WIDTH))),
-        "video",
-        "entry b holds zeros only",
-        "extract it again",
-    ),
+        lambda p: put(p.video, "b", np.zeros((3, WIDTH))), "video", "entry b holds zeros only", "extract it again"),
     "all equal": (
         lambda p: [put(p.video, key, np.ones((3, WIDTH))) for key in "ab"],
-        "video",
-        "all 2 entries are equal",
-        "extract the features again",
-    ),
+        "video", "all 2 entries are equal", "extract the features again"),
     "link to another file": (
         lambda p: put(p.video, "b", h5py.ExternalLink("other.h5", "b")),
-        "video",
-        "entry b is a link to another file",
-        "copy the features into this one",
-    ),
+        "video", "entry b is a link to another file", "copy the features into this one"),
     "virtual dataset": (
         lambda p: put_virtual(p.video, "b"),
-        "video",
-        "entry b is a virtual dataset",
-        "copy the features into this file",
-    ),
+        "video", "entry b is a virtual dataset", "copy the features into this file"),
     "more than any video": (lambda p: put_huge(p.video, "b"), "video", "entry b declares 34.4 GB", "are not read"),
     "caption file that is a pipe": (
         lambda p: (p.captions.unlink(), os.mkfifo(p.captions)),
-        "captions",
-        "is not a regular file",
-        "see data/README.md",
-    ),
+        "captions", "is not a regular file", "see data/README.md"),
     "video file that is a pipe": (
-        lambda p: (p.video.unlink(), os.mkfifo(p.video)),
-        "video",
-        "does not exist",
-        "see data/README.md",
-    ),
+        lambda p: (p.video.unlink(), os.mkfifo(p.video)), "video", "does not exist", "see data/README.md"),
 }
 READERS = {
     "check": lambda root, splits: check_corpus(root, NAME, splits),

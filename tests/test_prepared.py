@@ -1,4 +1,4 @@
-"""The prepared corpus: what the cache holds, when it is made anew, what interruptions leave behind, and what a batch holds."""
+"""Prepared splits: what the cache holds, when it is made anew, what interruptions leave, and what a batch holds."""
 
 import json
 import os
@@ -85,7 +85,8 @@ def direct(root, c, split="train"):
 def assert_same(a, b):
     "Equal bit for bit, with types and shapes."
     assert a.split.videos == b.split.videos and a.split.captions == b.split.captions
-    for name, x, y in zip((*Videos._fields, *Queries._fields), (*a.videos, *a.queries), (*b.videos, *b.queries), strict=True):
+    names = (*Videos._fields, *Queries._fields)
+    for name, x, y in zip(names, (*a.videos, *a.queries), (*b.videos, *b.queries), strict=True):
         assert x.dtype == y.dtype and torch.equal(x, y), name
 
 
@@ -126,7 +127,7 @@ def test_the_size_of_a_chunk_does_not_matter(tmp_path, chunk):
     expected = direct(tmp_path, config())
     for name, x, y in zip(Videos._fields, got.videos, expected.videos, strict=True):
         assert x.dtype == y.dtype
-        assert_close(x, y, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
+        assert_close(x, y, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 UNRELATED = dict(
@@ -363,7 +364,7 @@ def test_prvr_cache_is_always_used(tmp_path, monkeypatch, never_read):
 
 
 def refuse(monkeypatch, *places):
-    "Folders in which nothing can be made, as the file system would say it (root may write anywhere, so permissions do not do)."
+    "Folders in which nothing can be made, as the file system would say it (root may write anywhere)."
     real = Path.mkdir
 
     def mkdir(self, *args, **kwargs):

@@ -54,7 +54,8 @@ def unpack(
             shutil.unpack_archive(archive, folder, kind, **safe)
         except (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
                 zlib.error) as error:
-            raise UserError(f"{archive} cannot be unpacked ({error}); free some space, or delete it and download again") from None
+            raise UserError(f"{archive} cannot be unpacked ({error}); free some space, "
+                            "or delete it and download again") from None
         inside = next((p.parent for p in sorted(Path(folder).rglob("TextData"))), None)
         if inside is None:
             raise UserError(f"{archive} holds no folder TextData; it is not a feature pack, "
