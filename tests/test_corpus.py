@@ -37,7 +37,7 @@ HEALTHY = {
 
 
 def write(root, splits=HEALTHY, name=NAME, prefix="", width=WIDTH):
-    "Write a corpus; `prefix` precedes ids in captions and text keys, not in the video file. Returns the training paths."
+    "Write a corpus; `prefix` precedes ids in captions and text keys, not in the video file. Returns training paths."
     rng, paths = np.random.default_rng(0), corpus_paths(root, name, "train")
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ CASES = {
         lambda p: put(p.video, "a", np.zeros((0, WIDTH))),
         "video", "entry a has no frames", "extract it again or remove its captions"),
     "video of one row without a frame axis": (
-        lambda p: put(p.video, "a", np.ones(WIDTH)), "video", "entry a has shape (6)", "store one row per frame"),
+        lambda p: put(p.video, "a", np.ones(WIDTH)), "video", "entry a has shape (6,)", "store one row per frame"),
     "video without columns": (
         lambda p: put(p.video, "a", np.ones((3, 0))), "video", "entry a has shape (3, 0)", "store one row per frame"),
     "last video of another width": (
