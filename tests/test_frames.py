@@ -11,7 +11,8 @@ from prvr_nb.videos.frames import frame_at, reason, sampled, video_images
 
 EVERY_CONTAINER = [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("a.avi", "mpeg4"), ("a.mkv", "libx264"),
                    ("a.ts", "libx264"), ("a.mpg", "mpeg2video"), ("a.mov", "libx265"), ("a.flv", "flv"),
-                   ("a.wmv", "wmv2")]
+                   ("a.wmv", "wmv2"), ("a.asf", "wmv2"), ("a.m2v", "mpeg2video"),
+                   ("a.mxf", "mpeg2video")]
 
 
 def rows_of(path, rate=1.):
@@ -50,7 +51,8 @@ def test_variable_frame_rate(tmp_path, name, codec):
     assert number_in(frame_at(path, 4.25)) == 5 and number_in(frame_at(path, 4.15)) == 4
 
 
-@pytest.mark.parametrize("name, codec", [("one.mp4", "libx264"), ("one.webm", "libvpx-vp9"), ("one.avi", "mpeg4")])
+@pytest.mark.parametrize("name, codec", [("one.mp4", "libx264"), ("one.webm", "libvpx-vp9"), ("one.avi", "mpeg4"),
+                                         ("one.vob", "mpeg2video")])
 def test_one_frame_is_one_row(tmp_path, name, codec):
     path = write_video(tmp_path / name, [numbered(77)], codec=codec)
     assert rows_of(path)[0] == rows_of(path, 0.01)[0] == [77] == [number_in(frame_at(path, 5))]

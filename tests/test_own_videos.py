@@ -1,4 +1,4 @@
-"""A user's own folder, from video files to an answer: the README's commands, in the README's order, each in a process."""
+"""A user's own folder, from video files to an answer: the README's commands in their order, each in a process."""
 import configparser
 import csv
 import json

@@ -9,8 +9,9 @@ from typing import Any
 
 # Files that are taken for videos, and the containers that they may turn out to be. A playlist (ffconcat, HLS) is none:
 # FFmpeg would follow it to other files, whatever its own name is.
-VIDEO_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .flv .3gp .ogv".split())
-CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg"
+VIDEO_SUFFIXES = frozenset((".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .mts .wmv .asf .flv .3gp .ogv "
+                            ".mxf .vob .m2v .dv").split())
+CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,mpegvideo,asf,flv,ogg,mxf,dv"
 NO_VIDEO = "not a picture or video, or a damaged one"
 LONGEST_FRAME = 3600. # seconds; a longer pause between two frames is a broken time stamp
 MOST_LOOKS = 200_000 # of one video: 55 hours at one a second
