@@ -15,6 +15,7 @@ import pytest
 from makers import write_tiny_clip, write_video
 from PIL import Image, ImageDraw
 
+from prvr_nb import cli
 from prvr_nb.config import read_config
 from prvr_nb.data.corpus import check_corpus, corpus_paths, read_moments
 from prvr_nb.videos.clip import encode_text, load_encoder
@@ -68,17 +69,23 @@ def readme_commands():
     return [shlex.split(line, comments=True) for line in block.splitlines() if line], shlex.split(alone)
 
 
-def call(folder, words, *more):
-    "A console script as its entry point in settings.ini starts it; its standard output."
+def call(folder, words):
+    "A console script as its entry point in settings.ini starts it, in a process of its own; its standard output."
     config = configparser.ConfigParser()
     config.read(ROOT / "settings.ini")
     scripts = dict(line.strip().split("=") for line in config["DEFAULT"]["console_scripts"].split("\n"))
     module, function = scripts[words[0]].split(":")
     code = f"import sys; from {module} import {function}; sys.exit({function}())"
-    done = subprocess.run([sys.executable, "-c", code, *words[1:], *more], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=folder, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def said(capsys, words):
+    "The same in this process."
+    assert getattr(cli, f"{words[0].removeprefix('prvr_')}_command")([str(word) for word in words[1:]]) == 0
+    return capsys.readouterr().out
 
 
 def answers(text):
@@ -110,7 +117,7 @@ def answered(home):
     commands, _ = readme_commands()
     small = "--epochs 2 --batch-size 4 --hidden-size 32 --heads 2 --merge-schedule 32,16 --segment-levels 16,8".split()
     extra = {"prvr_features": ["--model", str(home / "clip")], "prvr_train": small}
-    return [call(home, words, *extra.get(words[0], [])) for words in commands]
+    return [call(home, [*words, *extra.get(words[0], [])]) for words in commands]
 
 
 def test_the_readme_goes_from_features_to_training_to_search():
@@ -155,10 +162,9 @@ def test_the_answer_lists_videos_with_moments_inside_them(home, answered):
         assert re.fullmatch(r"[▁-█]*\[[▁-█]+\][▁-█]*", strip)
 
 
-def test_terminal_json_and_python_agree(home, answered):
+def test_terminal_json_and_python_agree(home, answered, capsys):
     folder = home / "runs" / "mine" / "index"
-    words = ["prvr_search", "--index", "runs/mine/index", QUERY, "--json", "--k", "10"]
-    printed, = json.loads(call(home, words))
+    printed, = json.loads(said(capsys, ["prvr_search", "--index", folder, QUERY, "--json", "--k", "10"]))
     hits, = open_searcher(folder).search([QUERY], 10)
     assert printed["query"] == QUERY and [row["id"] for row in printed["results"]] == [hit.id for hit in hits]
     assert len(hits) == 10 and [title for *_, title in answers(answered[3])] == [hit.title for hit in hits[:5]]
@@ -170,17 +176,17 @@ def test_terminal_json_and_python_agree(home, answered):
         assert 0 <= times["start"] <= times["peak"] <= times["end"] <= row["duration"]
 
 
-def test_without_captions_clip_alone_searches(home, tmp_path):
+def test_without_captions_clip_alone_searches(home, tmp_path, monkeypatch, capsys):
     "The best frame of each video, and its second, are those that a loop over the stored rows finds."
     commands, build = readme_commands()
     made = tmp_path / "data"
     words = [word for word in commands[0] if word not in ("--captions", "my_captions.csv")]
-    call(home, words, "--model", str(home / "clip"), "--root", str(made))
+    monkeypatch.chdir(home)
+    said(capsys, [*words, "--model", home / "clip", "--root", made])
     assert not read_moments(made, "mine", "val") and not corpus_paths(made, "mine").captions.exists()
-    build = [{"data": str(made), "runs/mine_index": str(tmp_path / "index")}.get(word, word) for word in build]
-    assert "10 videos" in call(home, build)
-    words = ["prvr_search", "--index", str(tmp_path / "index"), QUERY, "--json", "--k", "10"]
-    printed, = json.loads(call(home, words))
+    build = [{"data": made, "runs/mine_index": tmp_path / "index"}.get(word, word) for word in build]
+    assert "10 videos" in said(capsys, build)
+    printed, = json.loads(said(capsys, ["prvr_search", "--index", tmp_path / "index", QUERY, "--json", "--k", "10"]))
     query = encode_text([QUERY], load_encoder(home / "clip", "cpu"))[0][-1]
     with h5py.File(corpus_paths(made, "mine").video) as file:
         unit = {id: file[id][:] / np.linalg.norm(file[id][:], axis=1, keepdims=True) for id in file}
