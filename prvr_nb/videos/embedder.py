@@ -102,8 +102,7 @@ class TextEncoder(NamedTuple):
 
 def recognise(root:str|Path, dataset:str, model:str)->dict: # see TextEncoder.about
     "Find out how a text model made the query features of a dataset; raises UserError when it did not."
-    from prvr_nb.videos.clip import encode_text, load_encoder
-    from prvr_nb.videos.features import fingerprint
+    from prvr_nb.videos.clip import encode_text, fingerprint, load_encoder
     (sentence, rows), encoder = stored_query(root, dataset), load_encoder(model)
     if sentence is None:
         raise UserError(f"{Path(root)/dataset} has no queries to compare {model} with; "
@@ -138,8 +137,7 @@ def open_text(
     if "toy" in about:
         world = ToyWorld(about["toy"])
         return TextEncoder(lambda sentences: [sentence_features(world, sentence) for sentence in sentences], about)
-    from prvr_nb.videos.clip import encode_text, load_encoder
-    from prvr_nb.videos.features import fingerprint
+    from prvr_nb.videos.clip import encode_text, fingerprint, load_encoder
     encoder = load_encoder(model or about["model"], device)
     if fingerprint(encoder) != about["fingerprint"]:
         raise UserError(f"{encoder.name} is not the text encoder that the features were made with ({about['model']}, "

@@ -107,10 +107,10 @@ def known_videos(root:str|Path, dataset:str)->dict: # id → (title, file, secon
 
 
 def add_dataset(folder:Path, about:dict, entries:list, engine:Engine, # of an index that is held
-                embedder:Embedder, root:str|Path, dataset:str, split:str, quiet:bool)->int: # number of new videos
-    "Put the videos of a dataset behind those that are there; when anything goes wrong, the index stays what it was."
+                embedder:Embedder, root:str|Path, dataset:str, ids:list, quiet:bool)->int: # number of new videos
+    "Put videos of a dataset behind those that are there; when anything goes wrong, the index stays what it was."
     there = {entry.id for entry in entries}
-    ids = [id for id in stored_ids(root, dataset, split) if id not in there]
+    ids = [id for id in ids if id not in there]
     source = {"root": os.path.relpath(root, folder), "dataset": dataset}
     sources = about["sources"] + [source] * (source not in about["sources"])
     problems, path, known = Problems(), corpus_paths(root, dataset).video, known_videos(root, dataset)
@@ -148,7 +148,7 @@ class VideoIndex:
         about = read_manifest(self.folder)
         try:
             self.engine = open_engine(self.folder, about["engine"])
-        except UserError:
+        except (UserError, OSError, RuntimeError): # of FAISS
             if read_manifest(self.folder) == about:
                 raise
             return self.reopen()
@@ -192,9 +192,9 @@ class VideoIndex:
         with hold_folder(self.folder, *BUSY):
             self.reopen()
             self.check(embedder)
+            ids, state = stored_ids(root, dataset, split), (self.folder, self.about, self.entries, self.engine)
             check_text(describe_text(root, dataset), self.about["text"], Path(root)/dataset)
-            state = self.folder, self.about, self.entries, self.engine
-            n_new = add_dataset(*state, embedder, root, dataset, split, quiet)
+            n_new = add_dataset(*state, embedder, root, dataset, ids, quiet)
         self.reopen()
         return n_new
 
@@ -228,7 +228,7 @@ def build_index(
         if (folder/MANIFEST).exists():
             raise UserError(f"{folder} holds an index already; add to it with prvr_search add, "
                             "or choose another folder")
-        text = describe_text(root, dataset, text_model)
+        ids, text = stored_ids(root, dataset, split), describe_text(root, dataset, text_model)
         if not embedder.model and text and text.get("raw_tokens"):
             raise UserError(f"{Path(root)/dataset} has raw token states, which zero-shot search cannot compare with "
                             "frames; make its features without --raw-tokens")
@@ -236,5 +236,5 @@ def build_index(
                  "fingerprint": embedder.fingerprint, "clip_score_weight": embedder.clip_score_weight,
                  "checkpoint": checkpoint and os.path.relpath(checkpoint, folder), "config": asdict(embedder.config),
                  "text": text, "sources": []}
-        add_dataset(folder, about, [], ENGINES[engine](folder), embedder, root, dataset, split, quiet)
+        add_dataset(folder, about, [], ENGINES[engine](folder), embedder, root, dataset, ids, quiet)
     return VideoIndex(folder)
