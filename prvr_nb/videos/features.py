@@ -31,16 +31,7 @@ from ..config import FOLDER_NAME
 from ..data.corpus import UNREADABLE, Problems, corpus_paths, read_captions
 from ..files import UserError, hold_folder, read_json, replace_file, replacing, write_json
 from .captions import read_rows, usable_rows, video_id, write_captions
-from prvr_nb.videos.clip import (
-    BATCH,
-    DEFAULT_MODEL,
-    Encoder,
-    encode_pixels,
-    encode_text,
-    fingerprint,
-    load_encoder,
-    text_projection,
-)
+from .clip import BATCH, DEFAULT_MODEL, Encoder, encode_pixels, encode_text, fingerprint, load_encoder
 from .frames import VIDEO_SUFFIXES, reason, video_images
 
 # %% ../../nbs/videos/02_features.ipynb #f5369601
@@ -243,7 +234,8 @@ def write_text(recipe:Recipe, encoder:Encoder, about:dict)->dict: # split → nu
     sentences = {caption.id: caption.sentence for split in captions.values() for caption in split}
     if not sentences:
         return {}
-    limit, width = encoder.model.config.text_config.max_position_embeddings, max(text_projection(encoder).weight.shape)
+    config, text = encoder.model.config, encoder.model.config.text_config
+    limit, width = text.max_position_embeddings, max(text.hidden_size, getattr(config, "projection_dim", 0))
     tokens = encoder.tokenizer(list(sentences.values()), truncation=True, max_length=limit)["input_ids"]
     with replacing(corpus_paths(recipe.root, recipe.dataset).text) as aside:
         check_disk_space(aside, len(tokens), 4 * width * sum(map(len, tokens)))
