@@ -1,7 +1,7 @@
 """Write README.md from index.ipynb, and the pictures that it shows.
 
-Two comments on a code cell's first line steer it: `# README: output only` (in index.ipynb) leaves the code out, and `# README: NAME.png`
-(in any notebook) stores the cell's first picture as images/NAME.png. Links of the notebook are turned to where README.md stands.
+The first line of a code cell steers it: `# README: output only` (in index.ipynb) leaves the code out, `# README: NAME.png`
+stores the cell's first picture as images/NAME.png. Links are turned to where README.md stands.
 """
 import base64
 import re
@@ -37,7 +37,8 @@ def pictures():
         for cell in nbformat.read(path, as_version=4).cells:
             steered = re.match(r"# README: (\w+\.png)$", cell.source.partition("\n")[0])
             if steered:
-                yield steered[1], base64.b64decode(next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})))
+                drawn = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+                yield steered[1], base64.b64decode(drawn)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Partially Relevant Video Retrieval: everything that a script needs for a run, from one import.
 
-Names are looked up when they are first used, so that the commands answer at once to `--help` instead of importing PyTorch first.
+Names are looked up when they are first used, so that the commands answer to `--help` without importing PyTorch first.
 """
 __version__ = "0.1.0"
 
@@ -11,10 +11,12 @@ _MODULE_OF = {
     "Config": "config", "published_config": "config",
     "PRVRModel": "method.model", "write_toy": "data.toy", "PreparedSplit": "data.prepared", "prepare": "data.prepared",
     "load_checkpoint": "training.checkpoints", "save_checkpoint": "training.checkpoints",
-    "load_released": "training.checkpoints", "from_released": "training.checkpoints", "to_released": "training.checkpoints",
+    "load_released": "training.checkpoints", "from_released": "training.checkpoints",
+    "to_released": "training.checkpoints",
     "embed": "evaluation.embeddings", "evaluate": "evaluation.rows", "zero_shot": "evaluation.rows",
     "train": "training.loop",
-    "VideoIndex": "videos.index", "build_index": "videos.index", "open_searcher": "videos.search", "SearchPanel": "videos.panel",
+    "VideoIndex": "videos.index", "build_index": "videos.index", "open_searcher": "videos.search",
+    "SearchPanel": "videos.panel",
 }
 __all__ = list(_MODULE_OF)
 

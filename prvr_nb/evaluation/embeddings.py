@@ -11,7 +11,7 @@ from prvr_nb.files import UserError
 from prvr_nb.method.model import Embeddings, PRVRModel
 
 VIDEOS_AT_ONCE = {"cpu": 8, "cuda": 128}  # what stays in a cache, what fills a GPU
-ENCODED = VIDEOS_AT_ONCE
+
 BLOCK_SIZE = {"cpu": 2**10, "cuda": 2**13}  # vectors on each side of a block of similarities
 
 
@@ -108,7 +108,8 @@ def embed(
             rows = slice(start, start + block)
             x, y = model.encode_videos(*(part[rows].to(device) for part in corpus.videos[:3]))
             frames, clips = filled(frames, rows, x, n_videos), filled(clips, rows, y, n_videos)
-        for which in corpus.queries.start.diff().argsort(stable=True).split(8 * block):  # short ones first: less padding
+        short_first = corpus.queries.start.diff().argsort(stable=True)  # less padding
+        for which in short_first.split(8 * block):
             tokens, mask, _ = (x.to(device) for x in pad_queries(corpus.queries, which))
             queries = filled(queries, which.to(device), model.query(tokens, mask), n_queries)
     model.train(was_training)
