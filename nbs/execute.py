@@ -1,7 +1,7 @@
 """Run notebooks top to bottom and store their outputs: `python nbs/execute.py [NOTEBOOK ...]` (default: all).
 
-Stored outputs must be the same on every machine, so what differs from run to run is left out: widget views (random ids; the
-static figure beside them stays), progress bars and warnings on stderr, execution counts and timing metadata.
+Stored outputs must be the same on every machine, so what differs from run to run is left out: widget views (the static
+figure beside them stays), progress bars and warnings on stderr, execution counts and timing metadata.
 """
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Write README.md from index.ipynb, and the pictures that it shows.
 
-The first line of a code cell steers it: `# README: output only` (in index.ipynb) leaves the code out, `# README: NAME.png`
+The first line of a code cell steers it: `# README: output only` (in index.ipynb) hides the code, `# README: NAME.png`
 stores the cell's first picture as images/NAME.png. Links are turned to where README.md stands.
 """
 import base64
