@@ -2,7 +2,6 @@
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 
 from prvr_nb.config import published_config
 from prvr_nb.files import UserError, write_json
