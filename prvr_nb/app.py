@@ -1,14 +1,17 @@
-"""The search panel as a page on this machine."""
+"""The search panel as a page of this machine."""
 import html
+import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 try:
     import ipywidgets as widgets
-except ImportError:  # the command says so in a sentence
+except ImportError: # check_app says so in a sentence
     widgets = None
 
 from prvr_nb.files import UserError, write_json
@@ -16,28 +19,58 @@ from prvr_nb.videos.cards import STYLE
 from prvr_nb.videos.panel import SearchPanel, named
 from prvr_nb.videos.search import open_searchers
 
+TITLE = "Find a moment in a video"
+INTRODUCTION = f"<h1>{TITLE}</h1><p>The curve in a card shows how well the sentence fits each part of the video.</p>"
+COLUMNS_NOTE = "<p>Every column ranks the same videos with another model.</p>"
+DEMO_NOTE = """<p><b>This is a demonstration on toy videos</b>, which have features and no pictures. Its models were
+trained for seconds: they show how the page works, not how good the methods are.</p>"""
+IDLE_SECONDS, LOOK_SECONDS = 60, 5 # a kernel without a page ends after so long; how often the server looks
 
-INTRODUCTION = """<h1>Find a moment in a video</h1><p>Every column ranks the same videos with another model. The curve in a card says why: it shows how well the sentence fits each part of the video.</p>"""
+# Voilà's own template, whose icons would be fetched from another machine; those of the widgets come with them.
+TEMPLATE = """{% extends 'voila/templates/lab/index.html.j2' %}
+{% block notebook_css %}{{ super() | replace('rel="stylesheet" href="https:', 'data-omitted="') }}{% endblock %}"""
 
-DEMO_NOTE = """<p><b>This is a demonstration on toy videos</b>, which have features and no pictures. Its models were trained for seconds: they show how the panel works, not how good the methods are.</p>"""
 
-@contextmanager
-def silence()->Iterator:
-    "No progress bars of transformers: on a page they would stay."
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    try: yield
-    finally: logging.enable_progress_bar()
+def check_app():
+    "Raise UserError when what a page needs is not installed."
+    missing = [name for name in ("ipywidgets", "voila") if not find_spec(name)]
+    if missing:
+        raise UserError(f"prvr_app needs {' and '.join(missing)}; install prvr_nb[app]")
+
+def check_port(
+    port:int, # of this machine; 0 takes a free one
+)->int: # the port that was asked for, or found
+    "Raise UserError when a port cannot be had."
+    with socket.socket() as probe:
+        if os.name == "posix": # as the server does: connections of an earlier page may still be closing
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"port {port} cannot be used ({reason}); choose another --port") from None
+        return probe.getsockname()[1]
+
+def index_names(folders:list)->dict: # name for people → folder of an index
+    "A name for each index: its folder's, or of the run that it lies in."
+    short = [folder.resolve().parent.name if folder.name == "index" else folder.name for folder in folders]
+    return {str(folder) if short.count(name) > 1 else name: folder
+            for name, folder in zip(short, folders, strict=True)}
 
 def page(
     indexes:dict, # name of a method → folder of its index
     demo:bool=False, # whether they are the demo's
 )->Any: # of ipywidgets
     "The page that Voilà serves; an index that cannot be opened becomes a sentence."
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar() # of transformers; it would stay on the page
     try:
-        with silence(): body = SearchPanel(open_searchers(indexes)).widget
-    except UserError as error: body = named(widgets.HTML(html.escape(str(error))), "prvr-status")
-    return named(widgets.VBox([widgets.HTML(STYLE + INTRODUCTION + DEMO_NOTE * demo), body]), "prvr-page")
+        body = SearchPanel(open_searchers(indexes)).widget
+    except UserError as error:
+        body = named(widgets.HTML(html.escape(str(error))), "prvr-status")
+    head = STYLE + INTRODUCTION + COLUMNS_NOTE * (len(indexes) > 1) + DEMO_NOTE * demo
+    return named(widgets.VBox([widgets.HTML(head), body]), "prvr-page")
 
 def write_page(
     path:Path, # '*.ipynb' to write
@@ -45,40 +78,44 @@ def write_page(
     demo:bool, # whether they are the demo's
 )->Path: # the same
     "The notebook behind the page: one cell."
-    source = f"from prvr_nb.app import page\npage({({name: str(Path(folder).resolve()) for name, folder in indexes.items()})!r}, {demo})"
-    cell = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+    folders = {name: str(Path(folder).resolve()) for name, folder in indexes.items()}
+    cell = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [],
+            "source": f"from prvr_nb.app import page\npage({folders!r}, {demo})"}
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
-    write_json(path, {"cells": [cell], "metadata": {"kernelspec": kernel, "title": "Find a moment in a video"}, "nbformat": 4, "nbformat_minor": 5})
+    write_json(path, {"cells": [cell], "metadata": {"kernelspec": kernel, "title": TITLE},
+                      "nbformat": 4, "nbformat_minor": 5})
     return path
 
-
-def index_names(
-    folders:list, # of indexes
-)->dict: # name for people → folder
-    "A name for each index: its folder's, or of the run that it lies in."
-    short = [folder.resolve().parent.name if folder.name == "index" else folder.name for folder in folders]
-    return {str(folder) if short.count(name) > 1 else name: folder for name, folder in zip(short, folders)}
-
-def check_port(
-    port:int, # of this machine
-):
-    "Raise UserError when a port cannot be had."
-    with socket.socket() as probe:
-        try: probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error: raise UserError(f"port {port} cannot be used ({getattr(error, 'strerror', None) or error}); choose another --port") from None
-
+@contextmanager
+def own_settings(folder:Path)->Iterator: # empty
+    "Work in a folder without any settings, where neither those of the current one nor the user's are seen."
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("JUPYTER", "VOILA", "IPYTHON")):
+            del os.environ[name]
+    places = dict.fromkeys(("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "TMPDIR"), str(folder))
+    os.environ.update(places, JUPYTER_NO_CONFIG="1")
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 def serve(
     path:Path, # notebook of a page
     port:int, # of this machine
     token:str, # that a visitor must know
 ):
-    "Run Voilà until it is interrupted; only this machine can reach it."
-    from voila.app import Voila
-    Voila.launch_instance([str(path), "--no-browser", "--strip_sources=True"], ip="127.0.0.1", port=port, port_retries=0, token=token)
-
-def check_app():
-    "Raise UserError when what a page needs is not installed."
-    from importlib.util import find_spec
-    missing = [name for name in ("ipywidgets", "voila") if not find_spec(name)]
-    if missing: raise UserError(f"prvr_app needs {' and '.join(missing)}; install prvr_nb[app]")
+    "Run Voilà until it is interrupted; only this machine can reach it, and no settings but these count."
+    path = path.resolve()
+    with TemporaryDirectory() as name, own_settings(Path(name)):
+        template = Path("voila/templates/prvr")
+        template.mkdir(parents=True)
+        write_json(template/"conf.json", {"base_template": "lab"})
+        (template/"index.html.j2").write_text(TEMPLATE, encoding="utf-8")
+        from voila.app import Voila
+        Voila.launch_instance([str(path), "--no-browser", "--strip_sources=True", "--template=prvr",
+                               f"--MappingKernelManager.cull_idle_timeout={IDLE_SECONDS}",
+                               f"--MappingKernelManager.cull_interval={LOOK_SECONDS}"],
+                              config_file_paths=[name], ip="127.0.0.1", port=port, port_retries=0, token=token)

@@ -267,13 +267,13 @@ def app_command(parser):
         from prvr_nb.demo import demo_indexes
         from prvr_nb.videos.search import open_searchers
         check_app()
-        check_port(args.port)
+        port = check_port(args.port)
         if not args.index:
             say(f"The demonstration lies in {args.folder}; the first time it takes a minute to train its two models.")
         indexes = index_names(args.index) if args.index else demo_indexes(args.folder, quiet=False)
         open_searchers(indexes) # a mistake ends here, not in the browser
         token = secrets.token_urlsafe(24)
-        say(f"Open http://127.0.0.1:{args.port}/?token={token} (stop with Ctrl-C)")
+        say(f"Open http://127.0.0.1:{port}/?token={token} (stop with Ctrl-C)")
         with TemporaryDirectory() as folder:
-            serve(write_page(Path(folder)/"search.ipynb", indexes, not args.index), args.port, token)
+            serve(write_page(Path(folder)/"search.ipynb", indexes, not args.index), port, token)
     return main

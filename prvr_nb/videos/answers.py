@@ -110,31 +110,6 @@ class DatasetDetails:
         return there[0] if there else None
 
 
-class Library:
-    "The datasets behind an index, opened when they are needed."
-    def __init__(self, index:VideoIndex):
-        self.index = index
-        self.datasets = [DatasetDetails(*source) for source in index.sources]
-
-    def dataset(self, video:str)->DatasetDetails:
-        "Where a video comes from."
-        return self.datasets[self.index.entries[self.index.positions[video]].source]
-
-    def captioned(self, sentence:str)->dict: # video → sentence as its dataset spells it
-        "The indexed videos that a sentence is a caption of."
-        return {video: spelt for dataset in self.datasets for video, spelt in dataset.captions.get(plain(sentence), {}).items()
-                if video in self.index.positions}
-
-    def card(self, hit:Hit, place:int, own:dict)->Card: # own: see captioned
-        "A result with all that is known about it."
-        dataset, spelt = self.dataset(hit.id), own.get(hit.id)
-        frame = dataset.best_frame(hit)
-        picture = (image_html(frame, f"{hit.title} {peak_text(hit)}") if frame
-                   else events_html(dataset.events(hit.id), hit.peak))
-        truth = [moment for sentence, moment in dataset.moments.get(hit.id, []) if sentence == spelt]
-        return Card(hit, place, picture, spelt is not None, truth, dataset.caption_at(hit))
-
-
 def rank_of(
     index:VideoIndex,
     query:Tensor, # (1, d) of length 1
@@ -145,15 +120,45 @@ def rank_of(
     scores, here = score_all(index, query[0].cpu().numpy(), clip_score_weight), index.positions[video]
     return 1 + int((scores > scores[here]).sum() + (scores[:here] == scores[here]).sum())
 
-def answer(
-    searcher:Searcher,
-    library:Library, # of its index
-    sentence:str, # the query
-    query:Tensor, # (1, d) its embedding
-    k:int, # results
-    clip_score_weight:float, # of the clip score
-)->Answer:
-    "Everything that the panel shows of one method."
-    (hits,), own = search(searcher.index, query, k, clip_score_weight), library.captioned(sentence)
-    ranks = {video: rank_of(searcher.index, query, clip_score_weight, video) for video in own}
-    return Answer([library.card(hit, place, own) for place, hit in enumerate(hits, 1)], clip_score_weight, ranks)
+
+class Method:
+    "A searcher, with the datasets behind its index, opened when they are needed."
+    def __init__(self, searcher:Searcher):
+        self.searcher, self.index, self.asked, self.query = searcher, searcher.index, None, None
+        self.datasets = [DatasetDetails(*source) for source in self.index.sources]
+
+    @property
+    def has_clips(self)->bool:
+        "Whether there is a clip branch: the teacher has none."
+        return self.searcher.embedder.model is not None
+
+    def dataset(self, video:str)->DatasetDetails:
+        "Where a video comes from."
+        return self.datasets[self.index.entries[self.index.positions[video]].source]
+
+    def captioned(self, sentence:str)->dict: # video → sentence as its dataset spells it
+        "The indexed videos that a sentence is a caption of."
+        found = [dataset.captions.get(plain(sentence), {}) for dataset in self.datasets]
+        return {video: spelt for videos in found for video, spelt in videos.items() if video in self.index.positions}
+
+    def card(self, hit:Hit, place:int, own:dict)->Card: # own: see captioned
+        "A result with all that is known about it."
+        dataset, spelt = self.dataset(hit.id), own.get(hit.id)
+        frame = dataset.best_frame(hit)
+        picture = (image_html(frame, f"{hit.title} {peak_text(hit)}") if frame
+                   else events_html(dataset.events(hit.id), hit.peak))
+        truth = [moment for sentence, moment in dataset.moments.get(hit.id, []) if sentence == spelt]
+        return Card(hit, place, picture, spelt is not None, truth, dataset.caption_at(hit))
+
+    def answer(self,
+        sentence:str, # the query; encoded once while only the rest changes
+        k:int, # results
+        clip_score_weight:float, # of the clip score, where there is one
+    )->Answer:
+        "Everything that is shown of a method."
+        if sentence != self.asked:
+            self.asked, self.query = sentence, self.searcher.embed([sentence])
+        weight, own = clip_score_weight if self.has_clips else 0., self.captioned(sentence)
+        hits, = search(self.index, self.query, k, weight)
+        ranks = {video: rank_of(self.index, self.query, weight, video) for video in own}
+        return Answer([self.card(hit, place, own) for place, hit in enumerate(hits, 1)], weight, ranks)
