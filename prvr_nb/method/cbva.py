@@ -29,7 +29,7 @@ def contrast(
     negative:Tensor, # (..., C) boolean
     mean:bool=True, # compare means of exp (released code); False: sums (paper)
 )->Tensor: # (...,) zero where there is no negative
-    "−log(P/(P+N)), finite for all finite logits."
+    "How little of exp falls on the positives: −log(P/(P+N)), finite for all finite logits."
     return F.softplus(log_mean_exp(logits, negative, mean) - log_mean_exp(logits, positive, mean))
 
 # %% ../../nbs/method/05_cbva.ipynb #8fcff8c0

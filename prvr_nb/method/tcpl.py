@@ -14,7 +14,7 @@ from torch import Tensor
 def relative_distances(
     squared:Tensor, # (Q, Q) squared distances
 )->Tensor: # (Q, Q) distances in units of their mean, zero on the diagonal
-    "The first relation of Equation (2)."
+    "Distances of all pairs in units of their mean (paper, Eq. 2)."
     itself = torch.eye(len(squared), dtype=torch.bool, device=squared.device)
     distance = squared.clamp(min=1e-12).sqrt().masked_fill(itself, 0)
     mean = distance.sum() / max(len(squared) * (len(squared) - 1), 1)
@@ -24,19 +24,19 @@ def relative_distances(
 def angle_cosines(
     x:Tensor, # (Q, d)
 )->Tensor: # (Q, Q, Q) cosine at i between the directions to j and to k
-    "The second relation of Equation (2); it is 0 where a direction has no length."
+    "Cosines of all angles (paper, Eq. 2); 0 where a direction has no length."
     difference = x - x[:, None] # (Q, Q, d), at [i, j] the way from i to j
     equal = (difference == 0).all(2, keepdim=True)
     unit = F.normalize(difference.masked_fill(equal, 1), dim=2).masked_fill(equal, 0)
     return (unit @ unit.mT).clamp(-1, 1)
 
-# %% ../../nbs/method/04_tcpl.ipynb #cc226404
+# %% ../../nbs/method/04_tcpl.ipynb #6aa197e7
 def distance_loss(
     student:Tensor, # (Q, d) query embeddings
     teacher:Tensor, # (Q, D_q) CLIP's [EOS] features
     average:str="all", # over all Q·Q entries (released code) or 'off_diagonal' (paper)
 )->Tensor: # scalar
-    "Equation (4)."
+    "How much the relative distances of student and teacher differ (paper, Eq. 4)."
     squared = [(x[:, None] - x).pow(2).sum(2) for x in (student, teacher.detach())]
     q = len(student)
     loss = F.smooth_l1_loss(*map(relative_distances, squared))
@@ -47,7 +47,7 @@ def angle_loss(
     student:Tensor, # (Q, d) query embeddings
     teacher:Tensor, # (Q, D_q) CLIP's [EOS] features
 )->Tensor: # scalar
-    "Equation (5)."
+    "How much the angles of student and teacher differ (paper, Eq. 5)."
     return F.smooth_l1_loss(angle_cosines(student), angle_cosines(teacher.detach()))
 
 
@@ -58,5 +58,5 @@ def tcpl_loss(
     lambda_angle:float=30., # weight of the angles
     average:str="all", # of the distances, see distance_loss
 )->Tensor: # scalar
-    "Equation (6), Text Correlation Preservation Learning: keep CLIP's distances and angles between queries."
+    "Text Correlation Preservation Learning (paper, Eq. 6): keep CLIP's distances and angles between queries."
     return lambda_distance * distance_loss(student, teacher, average) + lambda_angle * angle_loss(student, teacher)
