@@ -1,9 +1,8 @@
 """What tests share; read only, since others read it too.
 
 Fixtures (made once in a test run):
-    root        folder that holds the dataset 'toy': 20 training videos (steps of 6, 6, 6 and 2), 12 validation videos
-    small_run   folder of a finished run of `small_config()` on `root`: config.json, history.jsonl, metrics.json, best and
-                last.safetensors
+    root        folder that holds the dataset 'toy': 20 training videos (steps of 6, 6, 6 and 2), 12 for validation
+    small_run   folder of a finished run of `small_config()` on `root`: three epochs; see prvr_nb/training/runs.py
 
 Functions (`from conftest import …`):
     small_config(**overrides)   a configuration whose epoch takes a tenth of a second
@@ -20,8 +19,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1") # the sums of several threads differ in their last bits
 
-SMALL = dict(hidden_size=16, heads=2, epochs=3, batch_size=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5), lr=2e-3,
-             seed=3, hard_negative_start_epoch=1)
+SMALL = dict(hidden_size=16, heads=2, epochs=3, batch_size=6, merge_schedule=(16, 12, 8), segment_levels=(8, 5),
+             lr=2e-3, seed=3, hard_negative_start_epoch=1)
 
 
 def small_config(**overrides):

@@ -1,24 +1,22 @@
-"""Child processes of tests: forked from a server that has imported the package once, so that each starts within milliseconds."""
+"""Child processes of tests: forked from a server that has imported the package once, so each starts in milliseconds."""
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 
+from conftest import free_port
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["prvr_nb.training.loop", "prvr_nb.cli", "prvr_nb.evaluation.report", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"])
-
-
-def on_the_cpu(rank=0, world=1, port=0):
-    "What a launcher tells a process: who it is, and here always that it shall use the CPU."
-    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    if world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+CONTEXT.set_forkserver_preload(["pytest", "prvr_nb.training.loop", "prvr_nb.cli", "prvr_nb.evaluation.report",
+                                "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"])
 
 
 def child(function, arguments, rank, world, port):
-    "Runs in the child; an error is printed, where pytest shows it, and gives exit status 1."
-    on_the_cpu(rank, world, port)
+    "Runs in the child, on the CPU; an error is printed, where pytest shows it, and gives exit status 1."
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    if world > 1: # what a launcher tells a process
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
     torch.set_num_threads(1)
     try:
@@ -34,12 +32,6 @@ def child(function, arguments, rank, world, port):
         torch.distributed.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start(function, *arguments, world=1):
     "Start the function in `world` processes; it must be importable."
     port = free_port() if world > 1 else 0
@@ -49,7 +41,7 @@ def start(function, *arguments, world=1):
     return started
 
 
-def run(function, *arguments, world=1, seconds=60):
+def run(function, *arguments, world=1, seconds=300):
     "Run the function in `world` processes to its end."
     started = start(function, *arguments, world=world)
     for process in started:

@@ -50,7 +50,7 @@ def save_checkpoint(
 def read_tensors(
     path:str|Path, # '*.safetensors'
 )->tuple: # name → tensor, name → text
-    "Tensors and notes of a file, under today's names; raises SafetensorError or OSError."
+    "Tensors and notes of a file, under today's names; raises SafetensorError, RuntimeError or OSError."
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         meta = file.metadata() or {}
@@ -94,7 +94,7 @@ def load_checkpoint(
         raise UserError(f"{path} does not exist; name the .safetensors file of a run folder")
     try:
         state, meta = read_tensors(path)
-    except SafetensorError:
+    except (SafetensorError, RuntimeError): # the latter when it is replaced meanwhile
         raise UserError(f"{path} is not a safetensors file (damaged, or a pickle); "
                         "released .ckpt files are read by load_released") from None
     return build_model(state, stored_config(meta, str(path)), str(path))
