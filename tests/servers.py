@@ -119,5 +119,5 @@ def app(*flags, first=""):
     config = configparser.ConfigParser()
     config.read(ROOT / "settings.ini")
     module, function = re.search(r"prvr_app=([\w.]+):(\w+)", config["DEFAULT"]["console_scripts"]).groups()
-    source = f"import sys; {first}\nfrom {module} import {function}\nsys.exit({function}())"
+    source = f"import sys; sys.path.pop(0) # as in a script\n{first}\nfrom {module} import {function}\nsys.exit({function}())"
     return [sys.executable, "-c", source, *map(str, flags)]
