@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import small_config
+from test_tcpl import near_duplicates, rand
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -32,19 +33,6 @@ from prvr_nb.training.fast import (
     twins_for,
     use_fast_modules,
 )
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def near_duplicates(q, d, seed):
-    "Queries of which some are equal and some differ by 1e-4 of their length."
-    x = rand(q, d, seed=seed)
-    x[1], x[7] = x[0], x[6]
-    x[3:6] = x[2] * (1 + 1e-4 * rand(3, d, seed=seed + 1))
-    x[8] = x[6] * (1 + 1e-4 * rand(d, seed=seed + 2))
-    return x
 
 
 def golden(name):
