@@ -2,11 +2,11 @@
 import html
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 try:
@@ -37,10 +37,8 @@ def check_app():
     if missing:
         raise UserError(f"prvr_app needs {' and '.join(missing)}; install prvr_nb[app]")
 
-def check_port(
-    port:int, # of this machine; 0 takes a free one
-)->int: # the port that was asked for, or found
-    "Raise UserError when a port cannot be had."
+def check_port(port:int)->int: # the same, or a free one for 0
+    "Raise UserError when a port of this machine cannot be had."
     with socket.socket() as probe:
         if os.name == "posix": # as the server does: connections of an earlier page may still be closing
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,10 +56,7 @@ def index_names(folders:list)->dict: # name for people → folder of an index
     return {str(folder) if short.count(name) > 1 else name: folder
             for name, folder in zip(short, folders, strict=True)}
 
-def page(
-    indexes:dict, # name of a method → folder of its index
-    demo:bool=False, # whether they are the demo's
-)->Any: # of ipywidgets
+def page(indexes:dict, demo:bool=False)->Any: # name of a method → folder; whether they are the demo's
     "The page that Voilà serves; an index that cannot be opened becomes a sentence."
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar() # of transformers; it would stay on the page
@@ -72,11 +67,7 @@ def page(
     head = STYLE + INTRODUCTION + COLUMNS_NOTE * (len(indexes) > 1) + DEMO_NOTE * demo
     return named(widgets.VBox([widgets.HTML(head), body]), "prvr-page")
 
-def write_page(
-    path:Path, # '*.ipynb' to write
-    indexes:dict, # name of a method → folder of its index
-    demo:bool, # whether they are the demo's
-)->Path: # the same
+def write_page(path:Path, indexes:dict, demo:bool)->Path: # see page
     "The notebook behind the page: one cell."
     folders = {name: str(Path(folder).resolve()) for name, folder in indexes.items()}
     cell = {"cell_type": "code", "id": "page", "metadata": {}, "execution_count": None, "outputs": [],
@@ -89,27 +80,25 @@ def write_page(
 @contextmanager
 def own_settings(folder:Path)->Iterator: # empty
     "Work in a folder without any settings, where neither those of the current one nor the user's are seen."
-    before = dict(os.environ)
+    before, temporary = dict(os.environ), tempfile.tempdir
     for name in before:
         if name.startswith(("JUPYTER", "VOILA", "IPYTHON")):
             del os.environ[name]
     places = dict.fromkeys(("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "TMPDIR"), str(folder))
     os.environ.update(places, JUPYTER_NO_CONFIG="1")
+    tempfile.tempdir = str(folder) # what is left in it goes with the folder
     try:
         with chdir(folder):
             yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        tempfile.tempdir = temporary
 
-def serve(
-    path:Path, # notebook of a page
-    port:int, # of this machine
-    token:str, # that a visitor must know
-):
+def serve(path:Path, port:int, token:str): # notebook of a page; what a visitor must know
     "Run Voilà until it is interrupted; only this machine can reach it, and no settings but these count."
     path = path.resolve()
-    with TemporaryDirectory() as name, own_settings(Path(name)):
+    with tempfile.TemporaryDirectory() as name, own_settings(Path(name)):
         template = Path("voila/templates/prvr")
         template.mkdir(parents=True)
         write_json(template/"conf.json", {"base_template": "lab"})

@@ -17,6 +17,7 @@ from prvr_nb.evidence.experiments import ROWS
 from prvr_nb.files import UserError, hold_folder, read_json, write_json
 from prvr_nb.training.checkpoints import load_checkpoint, open_checkpoint
 from prvr_nb.training.loop import train
+from prvr_nb.training.runs import read_history
 from prvr_nb.videos.embedder import Embedder
 from prvr_nb.videos.index import MANIFEST, build_index
 
@@ -37,11 +38,8 @@ def one_thread()->Iterator:
     finally:
         torch.set_num_threads(before)
 
-def check_folder(
-    folder:Path, # of an older demo, or nothing
-    flag:str, # what to choose another of
-):
-    "Raise UserError for a folder that holds something else."
+def check_folder(folder:Path, flag:str): # what to choose another of
+    "Raise UserError for a folder that holds something else than a demo."
     if folder.exists() and not (folder/MARK).exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder} holds something that is not a demo; choose another {flag}")
 
@@ -73,8 +71,7 @@ def run_demo(
         corpora = prepare(root, config, quiet=quiet)
         *zero, row = train(config, root, out/name, quiet, corpora)
         rows += [row] if rows else [*zero, row]
-        lines = (out/name/"history.jsonl").read_text(encoding="utf-8").splitlines()
-        histories[name] = [json.loads(line) for line in lines]
+        histories[name] = read_history(out/name)
         embeddings[name] = embed(load_checkpoint(out/name/"best.safetensors"), corpora[1], PartialState().device)
     write_json(out/"metrics.json", {"rows": rows, "split": "val"})
     embeddings = {"teacher": teacher_embeddings(corpora[1]), **embeddings}
@@ -95,11 +92,7 @@ def demo_corpus(folder:Path): # of the demo, held
     remove_results(folder)
     write_json(mark, settings)
 
-def demo_index(
-    folder:Path, # of the demo, held
-    name:str, # of a run, or 'zero-shot'
-    quiet:bool, # no progress bars
-)->Path: # of the index
+def demo_index(folder:Path, name:str, quiet:bool)->Path: # of the demo, held; of a run, or 'zero-shot'
     "Train a model and index the videos, as far as that has not been done."
     run, index = folder/name if name in RUNS else None, folder/name/"index"
     if (index/MANIFEST).exists():
@@ -112,11 +105,8 @@ def demo_index(
     return index
 
 @one_thread()
-def demo_indexes(
-    folder:str|Path, # to make, or of an earlier demo
-    quiet:bool=True, # no progress bars
-)->dict: # name of a method → folder of its index
-    "Toy corpus, baseline, full method and their indexes; what is there is used."
+def demo_indexes(folder:str|Path, quiet:bool=True)->dict: # name of a method → folder of its index
+    "Toy corpus, baseline, full method and their indexes; what is there is used, the rest is made."
     folder = Path(folder)
     with hold_folder(folder, "being prepared by another process; wait for it", "folder"):
         demo_corpus(folder)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,7 @@ def test_the_server_obeys_its_command_line_only(index, tmp_path):
 
     No other machine is asked for anything, and a kernel without a page ends.
     """
+    left = set(Path(tempfile.gettempdir()).glob("jupyter-clean-cfg*"))
     ran, settings = tmp_path / "ran", {"Voila": {"ip": "127.0.0.2", "token": "", "port": 1, "base_url": "/else/"}}
     code = f"open({str(ran)!r}, 'a').write(__file__)\n"
     for name in "", "jupyter", ".jupyter":
@@ -168,7 +170,7 @@ def test_the_server_obeys_its_command_line_only(index, tmp_path):
         assert status == 200 and "prvr" in text and "prvr" not in fetch(url.partition("?")[0])[2]
         assert not re.search(r"<(link|script|img)[^>]*(href|src)=.https?:", text)
         wait_for(lambda: len(family(process)) == 1, "the end of kernels without a page")
-    assert not ran.exists()
+    assert not ran.exists() and set(Path(tempfile.gettempdir()).glob("jupyter-clean-cfg*")) <= left
 
 
 # ---------------------------------------------------------------- the command

@@ -152,6 +152,7 @@ def test_a_card_says_title_score_moment_and_escapes():
     assert "<script>" not in drawn and "<i>" not in drawn
     assert "&lt;script&gt;&quot;x&quot;&lt;/script&gt;" in drawn and "&lt;i&gt;said&lt;/i&gt;" in drawn
     assert ">0.123<" in drawn and ">0:03–0:07<" in drawn and "best at 0:05" in drawn and ">3<" in drawn
+    assert "60 % best frame, 40 % best clip" in weight_text(0.4) and weight_text(1.).endswith("best clip")
     assert "prvr-own" not in drawn and "prvr-own" in card_html(card._replace(own=True), 0., 1.)
 
 
@@ -167,11 +168,6 @@ def test_a_constant_curve_and_an_unknown_length_can_be_drawn():
     hit = make_hit(curve=torch.full((4,), 0.5), duration=None)
     assert "nan" not in strip_html(hit, 0.5, 0.5)
     assert peak_text(hit) == "at 50 %" and ">30–70 %<" in card_html(Card(hit, 1, "", False, [], None), 0., 1.)
-
-
-def test_a_score_is_explained_in_words():
-    assert weight_text(0.4).endswith("60 % best frame, 40 % best clip")
-    assert weight_text(0.).endswith("best frame") and weight_text(1.).endswith("best clip")
 
 
 # ---------------------------------------------------------------- ranks
@@ -202,7 +198,8 @@ def test_the_captions_own_video_is_marked_with_its_annotation(searchers):
         assert found.ranks == {video: marked[0].place}
         assert f"{marked[0].place} ({name})" in status(panel)
     assert len(with_class(panel.widget, "prvr-mine")) == 3 and "annotated moment" in panel.legend.value
-    assert not any(card.own for card in panel.ask("something else")["baseline"].cards)
+    assert not any(card.own for card in panel.ask("<img src=x onerror=alert(1)>")["baseline"].cards)
+    assert "<img src=x" not in panel.status.value + panel.html() # shown, not run
     assert "number" not in status(panel) and "annotated moment" not in panel.legend.value
 
 
@@ -307,11 +304,6 @@ def test_an_unexpected_error_is_a_sentence(panel, searchers, monkeypatch):
     monkeypatch.undo()
     panel.respond("a man")
     assert status(panel) == "“a man”"
-
-
-def test_a_query_is_shown_not_run(panel):
-    panel.ask("<img src=x onerror=alert(1)>")
-    assert "<img src=x" not in panel.status.value + panel.html()
 
 
 def test_without_an_index_or_ipywidgets_a_sentence(searchers, monkeypatch):

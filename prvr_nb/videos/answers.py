@@ -46,10 +46,7 @@ def plain(sentence:str)->str: # lower case, single spaces, without a full stop
 
 class DatasetDetails:
     "What is known about the videos of a dataset besides their embeddings: files, captions, moments, features."
-    def __init__(self,
-        root:str|Path, # folder that holds the datasets
-        dataset:str, # one of them
-    ):
+    def __init__(self, root:str|Path, dataset:str): # folder that holds the datasets; one of them
         self.root, self.dataset, self.found_events = Path(root), dataset, {}
 
     @cached_property
@@ -110,12 +107,7 @@ class DatasetDetails:
         return there[0] if there else None
 
 
-def rank_of(
-    index:VideoIndex,
-    query:Tensor, # (1, d) of length 1
-    clip_score_weight:float, # of the clip score, the frame score has the rest
-    video:str, # its id
-)->int: # 1 for the best
+def rank_of(index:VideoIndex, query:Tensor, clip_score_weight:float, video:str)->int: # query: (1, d) of length 1
     "Where a video stands among all; of equal scores the video that was indexed first is better, as in a search."
     scores, here = score_all(index, query[0].cpu().numpy(), clip_score_weight), index.positions[video]
     return 1 + int((scores > scores[here]).sum() + (scores[:here] == scores[here]).sum())
@@ -141,7 +133,7 @@ class Method:
         found = [dataset.captions.get(plain(sentence), {}) for dataset in self.datasets]
         return {video: spelt for videos in found for video, spelt in videos.items() if video in self.index.positions}
 
-    def card(self, hit:Hit, place:int, own:dict)->Card: # own: see captioned
+    def card(self, hit:Hit, place:int, own:dict)->Card: # its rank; see captioned
         "A result with all that is known about it."
         dataset, spelt = self.dataset(hit.id), own.get(hit.id)
         frame = dataset.best_frame(hit)
@@ -150,12 +142,8 @@ class Method:
         truth = [moment for sentence, moment in dataset.moments.get(hit.id, []) if sentence == spelt]
         return Card(hit, place, picture, spelt is not None, truth, dataset.caption_at(hit))
 
-    def answer(self,
-        sentence:str, # the query; encoded once while only the rest changes
-        k:int, # results
-        clip_score_weight:float, # of the clip score, where there is one
-    )->Answer:
-        "Everything that is shown of a method."
+    def answer(self, sentence:str, k:int, clip_score_weight:float)->Answer:
+        "The k best results and all that is shown of them; a sentence is encoded once while only the rest changes."
         if sentence != self.asked:
             self.asked, self.query = sentence, self.searcher.embed([sentence])
         weight, own = clip_score_weight if self.has_clips else 0., self.captioned(sentence)

@@ -62,12 +62,8 @@ def jpeg(image)->bytes: # of a PIL image
     return buffer.getvalue()
 
 @lru_cache(maxsize=256)
-def frame_jpeg(
-    path:Path, # of a video
-    changed:float, # when, so that another file of this name has another picture
-    seconds:float, # since its start
-)->bytes: # a file
-    "The frame of a video at a time, small; remembered."
+def frame_jpeg(path:Path, changed:float, seconds:float)->bytes:
+    "The frame of a video at a time, small; remembered as long as the file has not changed."
     return jpeg(frame_at(path, seconds))
 
 def image_html(picture:bytes, alt:str)->str: # of a JPEG; what it shows
@@ -75,24 +71,13 @@ def image_html(picture:bytes, alt:str)->str: # of a JPEG; what it shows
     data = base64.b64encode(picture).decode()
     return f'<img class="prvr-thumb" alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
-def svg(
-    name:str, # class of the style sheet
-    height:int, # in units; the width is 300
-    marks:str, # elements
-    alt:str, # what they show
-)->str: # <svg>
+def svg(name:str, height:int, marks:str, alt:str)->str: # a class of the style sheet; units; elements; what they show
     "A drawing that is stretched to the width of its card."
     alt = html.escape(alt)
     return (f'<svg class="{name}" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" role="img" '
             f'aria-label="{alt}"><title>{alt}</title>{marks}</svg>')
 
-def stretch(
-    look:str, # attribute that gives the colour
-    start:float, # share of the video
-    end:float, # share of the video
-    top:int, # in units
-    height:int, # in units
-)->str: # <rect>
+def stretch(look:str, start:float, end:float, top:int, height:int)->str: # an attribute; shares of the video; units
     "A part of the video as a block, wide enough to be seen."
     width = max(WIDTH * (end - start), 2)
     return f'<rect {look} x="{WIDTH * start:.1f}" y="{top}" width="{width:.1f}" height="{height}"/>'
@@ -101,10 +86,7 @@ def peak_line(peak:float, height:int)->str: # share of the video; units
     "The mark at the best frame."
     return f'<line class="prvr-peak" x1="{WIDTH * peak:.1f}" x2="{WIDTH * peak:.1f}" y1="0" y2="{height}"/>'
 
-def events_html(
-    events:np.ndarray|None, # of find_events
-    peak:float, # share of the video
-)->str: # <svg>
+def events_html(events:np.ndarray|None, peak:float)->str: # of find_events; share of the video
     "The events of a video as coloured blocks over time, with a mark at the best frame."
     if events is None:
         return svg("prvr-thumb", 40, "", "no picture: neither the video file nor its features are there")
@@ -115,12 +97,7 @@ def events_html(
     alt = f"{len(cuts)} event{'s' * (len(cuts) > 1)} drawn from the features; the best frame lies in event {best}"
     return svg("prvr-thumb", 40, "".join(blocks) + peak_line(peak, 40), alt)
 
-def strip_html(
-    hit:Hit,
-    low:float, # relevance that is drawn lowest
-    high:float, # relevance that is drawn highest
-    truth:list=(), # of Moment: where the query was annotated in this video
-)->str: # <svg>
+def strip_html(hit:Hit, low:float, high:float, truth:list=())->str: # relevance of bottom and top; annotated Moments
     "The relevance curve with the moment shaded, the best frame marked and annotated moments underlined."
     heights = (42 - 38 * ((hit.curve - low) / max(high - low, 1e-9)).clamp(0, 1)).tolist()
     step = WIDTH / len(heights)
@@ -149,11 +126,7 @@ def block(name:str, content:str)->str: # <div>
     "A part of a card."
     return f'<div class="{name}">{content}</div>'
 
-def card_html(
-    card:Card,
-    low:float, # relevance that is drawn lowest
-    high:float, # relevance that is drawn highest
-)->str: # a fragment
+def card_html(card:Card, low:float, high:float)->str: # relevance of bottom and top
     "A search result for a person: picture, title, score, curve, moment, and what the corpus says of it."
     hit, title = card.hit, html.escape(card.hit.title)
     line = (f'<span class="prvr-place">{card.place}</span><span class="prvr-title" title="{title}">{title}</span>'
@@ -205,6 +178,7 @@ STYLE = """<style>
 :is(.prvr-page, .prvr-panel) :is(.widget-html, .widget-html-content) {height: auto; font: inherit; color: inherit}
 .prvr-panel .widget-html-content {width: 100%}
 .prvr-page h1 {font-size: 26px; margin: 0 0 4px}
+.prvr-page p {margin: 4px 0}
 .prvr-controls, .prvr-columns, .prvr-legend {display: flex; flex-flow: row wrap; gap: 2px 16px; overflow: visible}
 .prvr-controls {align-items: center}
 .prvr-column {flex: 1 1 250px; min-width: 0; overflow: visible}
