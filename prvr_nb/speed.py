@@ -1,4 +1,5 @@
 """What preparing, training, evaluating and searching cost on this machine, measured with random features."""
+import os
 import platform
 import statistics
 import subprocess
@@ -85,11 +86,11 @@ def extra_memory(function:Callable, device:torch.device)->int: # bytes
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the profiler's notes would stand among ours
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         function()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
 
 def random_arrays(n:int, low:int, high:int, width:int)->list: # of n float32 arrays, low to high − 1 rows each
     "Features of n videos or queries."
@@ -144,7 +145,6 @@ def matrix_rate(precision:str, device:torch.device, budget:float)->float: # oper
 
 def tcpl_call(n_queries:int, device:torch.device)->Callable:
     "Forward and backward pass of the TCPL that training takes, on random queries."
-    torch.manual_seed(0)
     student = torch.randn(n_queries, 384, device=device, requires_grad=True)
     teacher = F.normalize(torch.randn(n_queries, 768, device=device), dim=-1)
     return lambda: fast_tcpl_loss(student, teacher).backward()

@@ -1,7 +1,6 @@
 """Recordings of a training: invariants of what is kept, an unwatched run's numbers, files read safely and refused."""
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,29 +10,12 @@ from torch.testing import assert_close
 
 from prvr_nb.cli import collapse_command
 from prvr_nb.config import published_config
-from prvr_nb.data.toy import EVENTS, write_toy
+from prvr_nb.data.toy import EVENTS
 from prvr_nb.evaluation.collapse import collapse
 from prvr_nb.evaluation.embeddings import embed
 from prvr_nb.evaluation.rows import evaluate
+from prvr_nb.evidence import recordings
 from prvr_nb.evidence.experiments import open_splits
-from prvr_nb.evidence.recordings import (
-    KINDS_OF_PAIRS,
-    RECORDED,
-    as_int8,
-    centred_gap,
-    choose_videos,
-    cluster,
-    epochs_of,
-    nearest,
-    neighbour_shares,
-    pair_means,
-    read_recording,
-    record,
-    record_once,
-    topics_of,
-    toy_topic,
-    write_recording,
-)
 from prvr_nb.files import UserError
 from prvr_nb.method.model import PRVRModel
 from prvr_nb.training.fast import use_fast_modules
@@ -47,23 +29,13 @@ def unit(*shape, seed=0, mean=0.):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_toy(folder, n_train=24, n_val=24)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def splits(root):
     return open_splits(root, CONFIG)
 
 
 @pytest.fixture(scope="module")
 def recording(splits):
-    return record(CONFIG, splits.train, splits.val, quiet=True)
-
-
-# --- numbers
+    return recordings.record(CONFIG, splits.train, splits.val, quiet=True)
 
 
 def test_pair_means_and_neighbours_against_loops():
@@ -73,21 +45,21 @@ def test_pair_means_and_neighbours_against_loops():
     for i in range(23):
         others = [j for j in range(23) if j != i]
         near = sorted(others, key=lambda j: -float(x[i] @ x[j]))[:4]  # noqa: B023
-        assert nearest(x, 4)[i].tolist() == near == nearest(x, 4, side=5)[i].tolist()
+        assert recordings.nearest(x, 4)[i].tolist() == near == recordings.nearest(x, 4, side=5)[i].tolist()
         for j in others:
             kind = int(video[i] == video[j]), int(topic[i] == topic[j])
             sums[kind] += float(x[i] @ x[j])
             counts[kind] += 1
             found[kind] += (j in near) / 92
-    assert_close(pair_means(x, video, topic), torch.from_numpy(sums / counts), rtol=1e-5, atol=1e-6)
-    assert_close(neighbour_shares(nearest(x, 4), video, topic), torch.from_numpy(found))
+    assert_close(recordings.pair_means(x, video, topic), torch.from_numpy(sums / counts), rtol=1e-5, atol=1e-6)
+    assert_close(recordings.neighbour_shares(recordings.nearest(x, 4), video, topic), torch.from_numpy(found))
 
 
 def test_few_queries_and_kinds_without_pairs():
-    means = pair_means(unit(5, 3), torch.zeros(5, dtype=torch.long), torch.arange(5))
-    assert means.isnan().tolist() == [[True, True], [False, True]] and len(KINDS_OF_PAIRS) == means.numel()
-    assert nearest(unit(3, 4)).shape == (3, 2)
-    assert sorted(nearest(F.normalize(torch.ones(2, 4), dim=1)).tolist()) == [[0], [1]]  # equal captions
+    means = recordings.pair_means(unit(5, 3), torch.zeros(5, dtype=torch.long), torch.arange(5))
+    assert means.isnan().tolist() == [[True, True], [False, True]] and len(recordings.KINDS_OF_PAIRS) == means.numel()
+    assert recordings.nearest(unit(3, 4)).shape == (3, 2)
+    assert sorted(recordings.nearest(F.normalize(torch.ones(2, 4), dim=1)).tolist()) == [[0], [1]]  # equal captions
 
 
 @pytest.mark.parametrize("squared_mean", [0.5, 4.])
@@ -97,14 +69,15 @@ def test_a_common_mean_cancels_in_the_centred_gap(squared_mean):
     moved = content.clone()
     moved[:, -1] = squared_mean**0.5  # orthogonal to every content
     moved_intra, moved_total, _ = collapse(F.normalize(moved, dim=1), video, 10)
-    assert centred_gap(moved_intra, moved_total) == pytest.approx(centred_gap(intra, total), abs=1e-12)
-    assert centred_gap(1., total) == 1 and centred_gap(total, total) == 0
+    gap = recordings.centred_gap(intra, total)
+    assert recordings.centred_gap(moved_intra, moved_total) == pytest.approx(gap, abs=1e-12)
+    assert recordings.centred_gap(1., total) == 1 and recordings.centred_gap(total, total) == 0
 
 
 def test_topics():
     for topic, events in enumerate(EVENTS.values()):
-        assert {toy_topic(f"a man in red {event}") for event in events} == {topic}
-    groups = cluster(F.normalize(torch.eye(3).repeat_interleave(5, 0) + 0.1 * unit(15, 3), dim=1), 3)
+        assert {recordings.toy_topic(f"a man in red {event}") for event in events} == {topic}
+    groups = recordings.cluster(F.normalize(torch.eye(3).repeat_interleave(5, 0) + 0.1 * unit(15, 3), dim=1), 3)
     assert len(groups.unique()) == 3 and all(len(g.unique()) == 1 for g in groups.split(5))
 
 
@@ -112,13 +85,10 @@ def test_chosen_videos_share_topics():
     g = torch.Generator().manual_seed(1)
     topic = torch.randint(6, (60,), generator=g).repeat_interleave(4)
     topic[::4] = 7  # one query of each video is about something else
-    chosen = choose_videos(torch.arange(60).repeat_interleave(4), topic)
+    chosen = recordings.choose_videos(torch.arange(60).repeat_interleave(4), topic)
     assert chosen == sorted(set(chosen)) and len(chosen) == 12
     assert topic[1::4][chosen].bincount().sort(descending=True).values[:4].tolist() == [3, 3, 3, 3]
-    assert choose_videos(torch.tensor([0, 0, 2]), torch.tensor([1, 1, 0])) == [0, 2]  # a video without queries
-
-
-# --- a recording
+    assert recordings.choose_videos(torch.tensor([0, 0, 2]), torch.tensor([1, 1, 0])) == [0, 2]  # 1 has no queries
 
 
 def test_invariants_of_the_arrays(recording, splits):
@@ -135,7 +105,8 @@ def test_invariants_of_the_arrays(recording, splits):
         near = arrays[name].reshape(-1, len(shown), 5)
         assert not (near == shown[:, None]).any() and near.min() >= 0 and near.max() < len(video)
         assert all(len(set(row)) == 5 for row in near.reshape(-1, 5).tolist())
-    assert set(video[shown]) == set(choose_videos(splits.val.queries.video, topics_of(splits.val, "toy")))
+    topic = recordings.topics_of(splits.val, "toy")
+    assert set(video[shown]) == set(recordings.choose_videos(splits.val.queries.video, topic))
     assert set(np.flatnonzero(np.isin(video, video[shown]))) == set(shown)  # all queries of the chosen videos
     assert all(sum(numbers["neighbours"]) == pytest.approx(1) for numbers in facts["history"])
 
@@ -148,19 +119,14 @@ def test_a_run_nobody_watches_has_the_same_numbers(recording, root, splits, tmp_
         assert "sum_r" in both and {key: line[key] for key in both} == {key: numbers[key] for key in both}
 
 
-def test_first_and_last_entry_are_the_models_of_epochs_of(recording, splits):
+def test_the_first_entry_is_the_untrained_model(recording, splits):
     facts, arrays = recording
     shown = torch.from_numpy(arrays["shown"]).long()
     torch.manual_seed(CONFIG.seed)
     widths = splits.train.videos.frames.shape[2], splits.train.queries.tokens.shape[1]
     untrained = use_fast_modules(PRVRModel(CONFIG, *widths))  # as training has it
     assert evaluate(untrained, splits.val).items() <= facts["history"][0].items()
-    assert (as_int8(embed(untrained, splits.val).queries[shown]) == arrays["similarity"][0]).all()
-    *_, model = epochs_of(CONFIG, splits.train, quiet=True)
-    assert evaluate(model, splits.val).items() <= facts["history"][-1].items()
-    x = embed(model, splits.val).queries
-    assert (as_int8(x[shown]) == arrays["similarity"][-1]).all() and (nearest(x)[shown] == torch.from_numpy(
-        arrays["neighbours"][-1])).all()
+    assert (recordings.as_int8(embed(untrained, splits.val).queries[shown]) == arrays["similarity"][0]).all()
     assert (arrays["similarity"][0] != arrays["similarity"][-1]).any()  # something was learnt
 
 
@@ -168,23 +134,20 @@ def test_no_sentence_of_other_corpora(splits, recording):
     sentences = {c.sentence for c in splits.val.split.captions}
     assert set(recording[0]["sentences"].values()) <= sentences
     assert len(recording[0]["sentences"]) >= len(recording[1]["shown"])
-    facts, _ = record(replace(CONFIG, dataset="other", epochs=1), splits.train, splits.val, quiet=True)
+    facts, _ = recordings.record(replace(CONFIG, dataset="other", epochs=1), splits.train, splits.val, quiet=True)
     text = json.dumps(facts)
     assert "sentences" not in facts and not any(sentence in text for sentence in sentences)
 
 
-# --- files
-
-
 def test_files_are_small_and_hold_no_pickle(recording, tmp_path):
     path = tmp_path / "new" / "run.json"
-    write_recording(path, *recording)
-    facts, arrays = read_recording(path)
+    recordings.write_recording(path, *recording)
+    facts, arrays = recordings.read_recording(path)
     assert arrays.keys() == recording[1].keys() and all((arrays[k] == v).all() for k, v in recording[1].items())
     assert facts["history"][-1]["sum_r"] == pytest.approx(recording[0]["history"][-1]["sum_r"], rel=1e-5)
     assert sum(file.stat().st_size for file in path.parent.iterdir()) < 60_000
     before = path.with_suffix(".npz").read_bytes()
-    write_recording(path, *recording)
+    recordings.write_recording(path, *recording)
     assert path.with_suffix(".npz").read_bytes() == before  # equal content, equal file
 
 
@@ -192,7 +155,7 @@ def test_files_are_small_and_hold_no_pickle(recording, tmp_path):
 def test_damaged_recordings(recording, tmp_path, damage):
     path, (facts, arrays) = tmp_path / "run.json", recording
     similarity = {"pickle": np.array([{"a": 1}], dtype=object), "other npz": arrays["similarity"][:1]}
-    write_recording(path, facts, {**arrays, "similarity": similarity.get(damage, arrays["similarity"])})
+    recordings.write_recording(path, facts, {**arrays, "similarity": similarity.get(damage, arrays["similarity"])})
     stored = path.with_suffix(".npz")
     if damage in ("json", "list"):
         path.write_text("{" if damage == "json" else "[]")
@@ -202,15 +165,16 @@ def test_damaged_recordings(recording, tmp_path, damage):
         path.with_suffix("." + damage[3:]).unlink()
     expected = "does not exist; prvr_collapse" if damage.startswith("no ") else "no recording; delete both"
     with pytest.raises(UserError, match=expected):
-        read_recording(path)
+        recordings.read_recording(path)
 
 
 def test_the_command_keeps_what_is_there_and_refuses_other_settings(root, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--root", str(root), "--out", str(out), *"--epochs 1 --hidden 16 --heads 2 --batch 8".split()]
     assert collapse_command(flags) == 0
-    assert {p.name for p in out.iterdir()} == {f"{name}_seed0.{end}" for name in RECORDED for end in ("json", "npz")}
-    (base, base_arrays), (full, arrays) = (read_recording(out / f"{name}_seed0.json") for name in RECORDED)
+    paths = [out / f"{name}_seed0.json" for name in recordings.RECORDED]
+    assert set(out.iterdir()) == {*paths, *(path.with_suffix(".npz") for path in paths)}
+    (base, base_arrays), (full, arrays) = map(recordings.read_recording, paths)
     assert not base["config"]["tcpl"] and full["config"]["tcpl"] and full["config"]["cbva"]
     assert (base_arrays["shown"] == arrays["shown"]).all()
     assert (base_arrays["similarity"][0] == arrays["similarity"][0]).all()  # the same initial weights
@@ -218,17 +182,7 @@ def test_the_command_keeps_what_is_there_and_refuses_other_settings(root, tmp_pa
     assert collapse_command(flags) == 0 and collapse_command([*flags, "--lr", "1e-3"]) == 1
     assert "made with other settings (lr)" in capsys.readouterr().err
     with pytest.raises(UserError, match="other settings.*seed.*choose another --out"):
-        record_once(replace(CONFIG, seed=1, epochs=1), tmp_path / "nowhere", out / "full_seed0.json")
+        recordings.record_once(replace(CONFIG, seed=1, epochs=1), tmp_path / "nowhere", out / "full_seed0.json")
     assert [file.stat().st_mtime_ns for file in sorted(out.iterdir())] == times
     assert collapse_command(["--root", str(tmp_path), "--out", str(tmp_path / "new")]) == 1  # no dataset
     assert not (tmp_path / "new").exists() and "toy" in capsys.readouterr().err
-
-
-def test_the_stored_recordings():
-    "What the notebook shows: small, complete, both of the same queries."
-    folder = Path(__file__).parent.parent / "runs" / "collapse_toy"
-    for name, settings in RECORDED.items():
-        facts, _ = read_recording(folder / f"{name}_seed0.json")
-        assert all(facts["config"][key] == value for key, value in settings.items())
-        assert len(facts["history"]) == facts["config"]["epochs"] + 1
-        assert sum((folder / f"{name}_seed0{end}").stat().st_size for end in (".json", ".npz")) < 150_000
