@@ -19,12 +19,11 @@ def _remove(path:Path):
 
 
 @contextmanager
-def replacing(
-    path:str|Path, # file to write, or folder that is not there yet
-)->Iterator[Path]: # where to write it
-    """Write aside, force to the disk, rename: a reader meets the old file or the new one, whatever is killed or full.
+def replacing(path:str|Path)->Iterator[Path]:
+    """Write a file, or a folder that is not there yet, aside; force it to the disk; rename it.
 
-    After an error nothing is left aside, and an OSError names the file that was to be written.
+    A reader meets the old file or the new one, whatever is killed or full. Gives the path to write at. After an error
+    nothing is left aside, and an OSError names the file that was to be written.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".part")
@@ -43,28 +42,19 @@ def replacing(
         _remove(aside)
 
 
-def replace_file(
-    path:str|Path, # file to write
-    data:bytes, # its new content
-):
+def replace_file(path:str|Path, data:bytes):
     "Write bytes so that a reader never meets half a file."
     with replacing(path) as aside:
         aside.write_bytes(data)
 
 
-def write_json(
-    path:str|Path, # file to write
-    value, # anything that json can hold
-):
+def write_json(path:str|Path, value):
     "Write JSON so that a reader never meets half a file."
     replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(
-    path:str|Path, # file to read
-    remedy:str, # what to do when it is not there or not JSON
-):
-    "The value in a JSON file; raises UserError when there is none."
+def read_json(path:str|Path, remedy:str):
+    "The value in a JSON file; raises UserError, with what to do about it, when there is none."
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -74,12 +64,11 @@ def read_json(
 
 
 @contextmanager
-def hold_folder(
-    folder:Path, # made when it is not there
-    busy:str, # what to say when another process holds it
-    other:str, # what to choose another of when it cannot be written
-)->Iterator:
-    "Hold a folder for one process, until it ends, however it ends; raises UserError when that is not possible."
+def hold_folder(folder:Path, busy:str, other:str)->Iterator:
+    """Hold a folder, made when it is not there, for one process, until it ends, however it ends.
+
+    Raises UserError with `busy` when another process holds it, with "choose another `other`" when it cannot be written.
+    """
     lock = FileLock(folder/".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

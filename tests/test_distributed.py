@@ -124,13 +124,13 @@ def train_run(root, out, settings, resume=False):
 
 def train_and_stop(root, out):
     "Processes that stop in their second epoch."
-    close = loop.close_epoch
+    close = loop.end_epoch
 
     def stop(run, state, *rest):
         if state.epoch == 1:
             os._exit(0)
         close(run, state, *rest)
-    loop.close_epoch = stop
+    loop.end_epoch = stop
     train(config(**LEARNS), root, out, quiet=True)
 
 

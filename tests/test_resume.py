@@ -188,14 +188,6 @@ def test_early_stop_and_best_score_go_on(root, tmp_path):
     assert len(history_of(out)) == 3 and content(out) == content(tmp_path / "whole" / "run")
 
 
-def test_a_bf16_run_goes_on(root, tmp_path):
-    settings = dict(epochs=2, precision="bf16")
-    processes.run(train_here, root, tmp_path / "whole" / "run", settings)
-    assert interrupted(root, tmp_path / "run", 3, settings, "after")
-    processes.run(train_here, root, tmp_path / "run", settings)
-    assert content(tmp_path / "run") == content(tmp_path / "whole" / "run")
-
-
 def test_a_state_of_an_earlier_version(root, whole, stopped, capsys):
     "Names of before, and keys that are no longer read; a state that was saved within an epoch is refused."
     with safe_open(stopped / "last.safetensors", framework="pt") as file:

@@ -79,11 +79,7 @@ def pad_to_longest(
 
 class WholeBatch:
     "The batch of all processes, with the fields of Batch; each is gathered when a loss asks for it."
-    def __init__(self,
-        share:Batch, # of this process
-        n_videos:tuple, # of every process
-        n_queries:tuple, # of every process
-    ):
+    def __init__(self, share:Batch, n_videos:tuple, n_queries:tuple): # of this process; of every process
         self.share, self.n_videos, self.n_queries = share, n_videos, n_queries
 
     def __getattr__(self, name): # called for what is not there yet

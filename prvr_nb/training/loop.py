@@ -30,20 +30,12 @@ from ..data.prepared import PreparedSplit, prepare
 from ..evaluation.rows import evaluate, zero_shot
 from ..files import UserError, write_json
 from ..method.model import Batch, PRVRModel, compute_losses
+from . import runs
 from .checkpoints import load_checkpoint, save_checkpoint
 from .distributed import DataOrder, find_processes, gather_batch, step_seed
 from .fast import keep_freed_memory, twins_for, use_fast_modules
 from .optimizer import BertAdam, make_optimizer, make_schedule
 from .resume import TrainState, corpus_fingerprint, load_state, save_state
-from prvr_nb.training.runs import (
-    append_history,
-    check_same_run,
-    check_unused,
-    finished_rows,
-    only_process,
-    start_run,
-    trim_history,
-)
 
 # %% ../../nbs/training/03_loop.ipynb #90f2b0bd
 class Run(NamedTuple):
@@ -61,8 +53,7 @@ class Run(NamedTuple):
         torch.manual_seed(step_seed(self.config.seed, state.epoch, state.step, process))
 
 def load_batches(
-    run:Run, # corpus, device, processes
-    steps:list, # per step, per process: tensor of video indices
+    run:Run, steps:list, # per step, per process: tensor of video indices
 )->Iterator: # of Batch, this process' share, on the device
     "Batches of the given steps; a GPU gets them from two loader processes, unless the corpus lies there already."
     device, rank = run.accelerator.device, run.accelerator.process_index
@@ -73,8 +64,7 @@ def load_batches(
         yield send_to_device(batch, device, non_blocking=True)
 
 def step_losses(
-    run:Run, # model, seeds, processes
-    batch:Batch, # this process' share
+    run:Run, batch:Batch, # this process' share
     shares:tuple, # per process: tensor of video indices
     state:TrainState, # which step it is
 )->dict: # name → weighted loss over the whole batch
@@ -92,8 +82,7 @@ def gradient_size(model:torch.nn.Module)->Tensor: # scalar; not finite as soon a
     return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).sum()
 
 def update(
-    run:Run, # model, optimiser
-    losses:dict, # name → scalar
+    run:Run, losses:dict, # name → scalar
 )->dict|None: # the losses and, under 'gradient', the size of their gradient; None when the step was left out
     "Backward pass and update; with nonfinite='skip', a step that is not finite is left out, at the price of waiting."
     def usable(numbers):
@@ -109,10 +98,7 @@ def update(
     return {**losses, "gradient": size}
 
 def check_finite(
-    run:Run, # names of the videos
-    epoch:int, # in work
-    names:list, # of the numbers
-    noted:dict, # step → (names,) its numbers
+    run:Run, epoch:int, names:list, noted:dict, # step → (names,) its numbers
 ):
     "Raise UserError with step, term and videos of the first loss or gradient that is not finite."
     values = torch.stack(list(noted.values()))
@@ -127,11 +113,9 @@ def check_finite(
 
 # %% ../../nbs/training/03_loop.ipynb #9e1c1686
 def train_epoch(
-    run:Run, # model, optimiser, corpus
-    state:TrainState, # where the run stands; its step moves on
-    after_step:Callable=lambda: None, # called after each step
+    run:Run, state:TrainState, after_step:Callable=lambda: None, # called after each step
 )->dict: # name → mean of the weighted loss over the steps
-    "One epoch; raises UserError when a loss or a gradient is not finite."
+    "One epoch, step by step in `state`; raises UserError when a loss or a gradient is not finite."
     run.model.train()
     steps, names, noted = run.order.epoch(state.epoch), [], {}
     for shares, batch in zip(steps, load_batches(run, steps), strict=True):
@@ -151,13 +135,7 @@ def train_epoch(
     means = torch.stack(list(noted.values())).double().mean(0).tolist()
     return {name: mean for name, mean in zip(names, means, strict=True) if name != "gradient"}
 
-def end_epoch(
-    run:Run, # model
-    state:TrainState, # the best so far; moves to the next epoch
-    losses:dict, # mean of each weighted loss
-    val_set:PreparedSplit, # validation split
-    out:Path, # run folder
-):
+def end_epoch(run:Run, state:TrainState, losses:dict, val_set:PreparedSplit, out:Path):
     "Evaluate, keep the best weights and note the numbers, in the main process; the others learn the score."
     if run.accelerator.is_main_process:
         model = run.accelerator.unwrap_model(run.model)
@@ -166,7 +144,8 @@ def end_epoch(
             state.best, state.best_epoch = row["sum_r"], state.epoch
             save_checkpoint(out/"best.safetensors", model, epoch=state.epoch, sum_r=state.best)
         skipped = {"skipped_steps": state.skipped} if state.skipped else {}
-        append_history(out, {"epoch": state.epoch, "loss": sum(losses.values()), "losses": losses, **row, **skipped})
+        line = {"epoch": state.epoch, "loss": sum(losses.values()), "losses": losses, **row, **skipped}
+        runs.append_history(out, line)
         scalars = {**{f"loss/{k}": v for k, v in losses.items()}, **{f"val/{k}": v for k, v in row.items()}}
         run.accelerator.log({k: v for k, v in scalars.items() if v is not None}, step=state.epoch)
     state.best, state.best_epoch = broadcast_object_list([state.best, state.best_epoch])
@@ -174,11 +153,9 @@ def end_epoch(
 
 # %% ../../nbs/training/03_loop.ipynb #569ee4bc
 def use_twins(
-    model:PRVRModel, # changed in place
-    losses:Callable, # see Run
-    compiled:bool, # see twins_for
+    model:PRVRModel, losses:Callable, compiled:bool, # see twins_for
 )->Callable: # the losses, with fast functions of the same values
-    "Fast layers in the model, fast functions in the losses."
+    "Fast layers in the model, in place, and fast functions in the losses."
     use_fast_modules(model)
     return partial(losses, twins=twins_for(compiled)) if "twins" in signature(losses).parameters else losses
 
@@ -235,13 +212,7 @@ def build_run(
     return Run(model, prepared, schedule, accelerator, train_set.to(accelerator.device), order, config, losses), state
 
 # %% ../../nbs/training/03_loop.ipynb #9a4ca571
-def train_epochs(
-    run:Run, # from build_run
-    state:TrainState, # from build_run; moves on
-    val_set:PreparedSplit, # validation split
-    out:Path, # run folder
-    quiet:bool, # no progress bar
-):
+def train_epochs(run:Run, state:TrainState, val_set:PreparedSplit, out:Path, quiet:bool):
     "Epochs until the last one, or until patience is spent; each ends with a saved state."
     config, main, n = run.config, run.accelerator.is_main_process, len(run.order)
     optimizer = run.optimizer.optimizer # as accelerate wraps it
@@ -268,16 +239,16 @@ def train(
     out, processes = Path(out), find_processes()
     main = processes.is_main_process
     keep_freed_memory()
-    check_same_run(out, config) if resume else check_unused(out) # before minutes of preparation
-    if resume and (rows := finished_rows(out)) is not None:
+    runs.check_same_run(out, config) if resume else runs.check_unused(out) # before minutes of preparation
+    if resume and (rows := runs.finished_rows(out)) is not None:
         return rows if main else []
     with processes.main_process_first():
         train_set, val_set = corpora or prepare(root, config, quiet=quiet or not main)
-    with only_process(out) if main else nullcontext():
+    with runs.only_process(out) if main else nullcontext():
         run, state = build_run(config, train_set, out, losses)
         if main:
-            start_run(out, config, resume)
-            trim_history(out, state.epoch)
+            runs.start_run(out, config, resume)
+            runs.trim_history(out, state.epoch)
         train_epochs(run, state, val_set, out, quiet)
         accelerator, run = run.accelerator, None
         accelerator.free_memory() # DDP must be gone before its processes: freeing it later can wait for ever

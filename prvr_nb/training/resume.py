@@ -40,9 +40,7 @@ REMEDY = "delete it to train this run from its beginning"
 
 def save_state(
     path:Path, # last.safetensors
-    model:PRVRModel, # its weights
-    optimizer:torch.optim.Optimizer, # BertAdam, its moments
-    state:TrainState, # where the run stands, between two epochs
+    model:PRVRModel, optimizer:torch.optim.Optimizer, state:TrainState, # between two epochs
     corpus:str, # fingerprint of the training split
     losses:str="", # what was trained, by name
 ):
@@ -59,19 +57,14 @@ def save_state(
         aside.write_bytes(tensor_bytes(tensors, meta))
 
 # %% ../../nbs/training/07_resume.ipynb #0b85ead6
-def corpus_fingerprint(
-    corpus:PreparedSplit, # prepared training split
-)->str: # hexadecimal
+def corpus_fingerprint(corpus:PreparedSplit)->str: # hexadecimal
     "Caption ids in their order, length of each query and feature widths: another corpus would be another run."
     widths = corpus.videos.frames.shape[2], corpus.queries.tokens.shape[1]
     text = "\n".join(c.id for c in corpus.split.captions) + str(widths)
     return sha256(text.encode() + corpus.queries.start.numpy().tobytes()).hexdigest()[:16]
 
-def stored_place(
-    text:str, # JSON
-    epochs:int, # of the run
-)->TrainState: # where the run stood
-    "The place in a saved state; raises ValueError, KeyError or TypeError when there is none that can be."
+def stored_place(text:str, epochs:int)->TrainState:
+    "The place in a saved state; raises ValueError, KeyError or TypeError when a run of so many epochs has none such."
     held = json.loads(text)
     if held.get("step"): # of a version that saved within epochs, too
         raise ValueError(f"it was saved within epoch {held['epoch']} by an earlier version")
@@ -81,12 +74,8 @@ def stored_place(
         raise ValueError("its place is none of this run")
     return state
 
-def load_moments(
-    tensors:dict, # name → tensor, of a saved state
-    model:PRVRModel, # whose parameters they belong to
-    optimizer:torch.optim.Optimizer, # BertAdam, gets them
-):
-    "Hand the moments to the optimiser; raises KeyError or ValueError unless every trained parameter has both."
+def load_moments(tensors:dict, model:PRVRModel, optimizer:torch.optim.Optimizer):
+    "Hand saved moments to the optimiser; raises KeyError or ValueError unless every trained parameter has both."
     for name, p in model.named_parameters():
         if p.requires_grad:
             held = {kind: tensors[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq")}
@@ -96,8 +85,7 @@ def load_moments(
 
 def load_state(
     path:Path, # last.safetensors
-    model:PRVRModel, # gets the weights, on its device
-    optimizer:torch.optim.Optimizer, # BertAdam, gets the moments
+    model:PRVRModel, optimizer:torch.optim.Optimizer, # get weights and moments
     corpus:str, # fingerprint of the training split
     losses:str="", # what is to be trained, by name
 )->TrainState: # where the run stood

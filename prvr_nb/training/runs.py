@@ -20,26 +20,20 @@ RESULTS = ("history.jsonl", "best.safetensors", "last.safetensors", "metrics.jso
 FREE = ("nonfinite", "compile") # settings that may change when a run goes on
 
 
-def check_settings(
-    stored:Config, # that a run was started with
-    config:Config, # that is wanted
-    source:Path, # where the run is
-):
-    "Raise UserError with the settings in which they differ, as the run has them."
+def check_settings(stored:Config, config:Config, source:Path):
+    "Raise UserError with the settings in which a run and what is wanted differ, as the run has them."
     other = [f"{name} {value}" for name, value in differences(stored, config).items() if name not in FREE]
     if other:
-        raise UserError(f"{source} was started with other settings ({', '.join(other)}); give those, or choose another "
-                        "--out")
+        raise UserError(f"{source} was started with other settings ({', '.join(other)}); "
+                        "give those, or choose another --out")
 
 
-def check_unused(
-    out:Path, # run folder
-):
+def check_unused(out:Path):
     "Raise UserError when a folder holds a run already, or something that is none."
     held = [name for name in RESULTS if (out/name).exists()]
     if held:
-        raise UserError(f"{out} holds a run already ({', '.join(held)}); add --resume to continue it, choose another "
-                        "--out or remove the folder")
+        raise UserError(f"{out} holds a run already ({', '.join(held)}); "
+                        "add --resume to continue it, choose another --out or remove the folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
     if (out/"config.json").exists(): # of a run that was stopped in its first epoch, or not ours
@@ -49,42 +43,29 @@ def check_unused(
             raise UserError(f"{out} holds a config.json that is not a run's; choose another --out") from None
 
 
-def check_same_run(
-    out:Path, # run folder
-    config:Config, # of the run that is wanted
-):
+def check_same_run(out:Path, config:Config):
     "Raise UserError when the run in a folder was started with other settings."
     if (out/"config.json").exists():
         check_settings(read_config(out/"config.json"), config, out)
 
 
-def start_run(
-    out:str|Path, # run folder
-    config:Config, # saved as config.json
-    resume:bool=False, # a run that is there already goes on
-)->Path: # the folder, made
+def start_run(out:Path, config:Config, resume:bool=False):
     "Make a run folder; raises UserError when it holds another run already or cannot be written."
-    out = Path(out)
     check_same_run(out, config) if resume else check_unused(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out/"config.json", asdict(config))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
-    return out
 
 
-def only_process(
-    out:Path, # run folder
-): # a context manager
+def only_process(out:Path): # a context manager
     "Hold a run folder while training in it."
     return hold_folder(out, "being trained by another process; wait for it or choose another --out", "--out")
 
 
-def read_history(
-    out:Path, # run folder
-)->list: # a dictionary per epoch
-    "What the run noted after each epoch; raises UserError when a line is damaged."
+def read_history(out:Path)->list: # a dictionary per epoch
+    "What a run noted after each epoch; raises UserError when a line is damaged."
     path = out/"history.jsonl"
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -92,10 +73,7 @@ def read_history(
         raise UserError(f"{path} is damaged ({error}); restore it, or remove the run and train again") from None
 
 
-def append_history(
-    out:Path, # run folder
-    line:dict, # of an epoch
-):
+def append_history(out:Path, line:dict):
     "Add a line and force it to the disk, before the saved state says that the epoch is done."
     with (out/"history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -103,10 +81,7 @@ def append_history(
         os.fsync(file.fileno())
 
 
-def trim_history(
-    out:Path, # run folder
-    epochs:int, # complete ones, as the saved state has them
-):
+def trim_history(out:Path, epochs:int):
     "Forget lines of epochs that the saved state does not know; raises UserError when lines that it knows are missing."
     path = out/"history.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -115,19 +90,16 @@ def trim_history(
     except (ValueError, KeyError, TypeError, RecursionError):
         known = None
     if known != list(range(epochs)):
-        raise UserError(f"{path} does not hold the {epochs} epochs that last.safetensors has done; restore it, "
-                        "or remove the folder to train this run from its beginning")
+        raise UserError(f"{path} does not hold the {epochs} epochs that last.safetensors has done; "
+                        "restore it, or remove the folder to train this run from its beginning")
     if len(lines) > epochs:
         replace_file(path, b"".join(lines[:epochs]))
 
 
-def finished_rows(
-    out:Path, # run folder
-)->list|None: # rows of the table; None while the run is not finished
+def finished_rows(out:Path)->list|None: # rows of the table; None while the run is not finished
     "The result of a finished run."
-    if not (out/"metrics.json").exists():
-        return None
-    held = read_json(out/"metrics.json", "delete it, and --resume writes it again")
-    if not isinstance(held, dict) or not isinstance(held.get("rows"), list):
-        raise UserError(f"{out/'metrics.json'} holds no rows of a table; delete it, and --resume writes it again")
+    path, remedy = out/"metrics.json", "delete it, and --resume writes it again"
+    held = read_json(path, remedy) if path.exists() else {"rows": None}
+    if not isinstance(held, dict) or not isinstance(held.get("rows", 0), list|None):
+        raise UserError(f"{path} holds no rows of a table; {remedy}")
     return held["rows"]
