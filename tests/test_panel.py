@@ -50,8 +50,7 @@ def panel(searchers):
     return SearchPanel(searchers, k=4)
 
 
-def greys(top, n=100, size=(96, 64)):
-    "Pictures whose brightness tells the time: from black to the brightest."
+def greys(top, n=100, size=(96, 64)): # brightness tells the time
     return [Image.new("RGB", size, (round(top * t / n),) * 3) for t in range(n)]
 
 
@@ -169,8 +168,6 @@ def test_a_constant_curve_and_an_unknown_length_can_be_drawn():
     assert "nan" not in strip_html(hit, 0.5, 0.5)
     assert peak_text(hit) == "at 50 %" and ">30–70 %<" in card_html(Card(hit, 1, "", False, [], None), 0., 1.)
 
-
-# ---------------------------------------------------------------- ranks
 
 def test_ranks_are_places_in_the_whole_list(searchers):
     for name, searcher in searchers.items():
