@@ -105,6 +105,15 @@ DAMAGE = {
 }
 
 
+def test_a_flipped_bit_is_noticed(saved):
+    model, path = saved
+    before = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(8, len(before), (100,), generator=generator).tolist():
+        path.write_bytes(before[:place] + bytes([before[place] ^ 1 << place % 8]) + before[place + 1:])
+        refuses(lambda: load_checkpoint(path), path)
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint(saved, damage):
     model, path = saved

@@ -91,8 +91,8 @@ def test_an_epoch_is_a_plain_loop(corpora):
 # ---------------------------------------------------------------- what a run leaves
 
 def test_a_run_leaves_its_files(small_run, corpora):
-    names = {"config.json", "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors", "tensorboard"}
-    assert {p.name for p in small_run.iterdir()} == names | {".lock"}
+    names = {"config.json", "corpus.json", "history.jsonl", "metrics.json", "best.safetensors", "last.safetensors"}
+    assert {p.name for p in small_run.iterdir()} == names | {"tensorboard", ".lock"}
     assert read_config(small_run / "config.json") == small_config()
     metrics, history = json.loads((small_run / "metrics.json").read_text()), history_of(small_run)
     zero, row = metrics["rows"]

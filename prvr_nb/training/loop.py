@@ -247,7 +247,7 @@ def train(
     with runs.only_process(out) if main else nullcontext():
         run, state = build_run(config, train_set, out, losses)
         if main:
-            runs.start_run(out, config, resume)
+            runs.start_run(out, config, runs.corpus_files(train_set, val_set), resume)
             runs.trim_history(out, state.epoch)
         train_epochs(run, state, val_set, out, quiet)
         accelerator, run = run.accelerator, None

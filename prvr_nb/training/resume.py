@@ -92,7 +92,7 @@ def load_state(
     "Continue from a saved state; raises UserError when it is damaged or belongs to another run."
     try:
         tensors, meta = read_tensors(path)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
     if not {"progress", "corpus"} <= meta.keys():
         raise UserError(f"{path} is no saved state of a run; {REMEDY}")

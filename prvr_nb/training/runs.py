@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, who may write into it, and whether it is the run that is asked for.
 
 config.json        every setting: enough to repeat the run
+corpus.json        hashes of the files of both splits
 history.jsonl      one line per epoch: each loss, each metric on the validation split
 best.safetensors   weights of the best epoch, with the configuration inside
 last.safetensors   everything that the run needs to go on, after its last complete epoch
@@ -11,9 +12,11 @@ tensorboard/       the numbers of the history as curves
 import json
 import os
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 from prvr_nb.config import Config, differences, read_config
+from prvr_nb.data.prepared import PreparedSplit
 from prvr_nb.files import UserError, hold_folder, read_json, replace_file, write_json
 
 RESULTS = ("history.jsonl", "best.safetensors", "last.safetensors", "metrics.json")
@@ -49,12 +52,41 @@ def check_same_run(out:Path, config:Config):
         check_settings(read_config(out/"config.json"), config, out)
 
 
-def start_run(out:Path, config:Config, resume:bool=False):
+def contents(path:Path)->str: # 16 hexadecimal digits
+    "A hash of a file's size and of 64 pieces of 4 KB: the same wherever the file is copied to."
+    size = path.stat().st_size
+    found = sha256(str(size).encode())
+    with path.open("rb") as file:
+        for piece in range(64):
+            file.seek(size * piece // 64)
+            found.update(file.read(4096))
+    return found.hexdigest()[:16]
+
+
+def corpus_files(train_set:PreparedSplit, val_set:PreparedSplit)->dict: # split → file → hash
+    "What the files of a run are."
+    splits = {"train": train_set.split.paths, "val": val_set.split.paths}
+    return {name: {path.name: contents(path) for path in paths} for name, paths in splits.items()}
+
+
+def check_same_corpus(out:Path, files:dict):
+    "Raise UserError when the run in a folder was started with other files."
+    held = read_json(out/"corpus.json", "") if (out/"corpus.json").exists() else files # earlier versions wrote none
+    if held != files:
+        changed = [name for name in files if not isinstance(held, dict) or held.get(name) != files[name]]
+        raise UserError(f"{out} was started with other captions or features ({' and '.join(changed)}) than --root "
+                        "holds now; restore the corpus or choose another --out")
+
+
+def start_run(out:Path, config:Config, files:dict, resume:bool=False):
     "Make a run folder; raises UserError when it holds another run already or cannot be written."
     check_same_run(out, config) if resume else check_unused(out)
+    if resume:
+        check_same_corpus(out, files)
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out/"config.json", asdict(config))
+        write_json(out/"corpus.json", files)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
 
