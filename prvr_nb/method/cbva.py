@@ -54,7 +54,7 @@ def cbva_loss(
     own = F.one_hot(clip_to_segment.gather(1, frame_to_clip), n).bool() # (B, L_f, S)
     other = ~own & real[:, None]
     mean = normalisation == "mean"
-    f, g = (frames.detach(), segments.detach()) if mean else (frames, segments) # the side that teaches
+    f, g = (frames.detach(), segments.detach()) if mean else (frames, segments) # detached: they teach only
     by_frame = contrast(frames @ g.mT, own, other, mean) # (B, L_f)
     by_segment = contrast(segments @ f.mT, own.mT, other.mT, mean) * real # (B, S)
     return (by_frame.mean(1) + by_segment.sum(1) / real.sum(1)).mean()
