@@ -129,7 +129,7 @@ def test_what_an_engine_promises(tmp_path, name):
         for branch in "frames", "clips":
             own = [(getattr(v, branch).astype(np.float32) @ query).round(5) for v in kept]
             scores, owners = opened.candidates(branch, query, 40)
-            assert (np.diff(scores) <= 0).all() and len(scores) == len(owners) <= 40
+            assert (np.diff(scores) <= 0).all() and len(scores) == len(owners) == 40
             assert all(np.abs(own[i] - score).min() < 2e-5 for score, i in zip(scores, owners, strict=True))
             nearest = np.sort(np.concatenate(own))[::-1][:40]
             found = np.isclose(nearest[:, None], scores, atol=2e-5).any(1).mean()

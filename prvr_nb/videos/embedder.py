@@ -25,12 +25,8 @@ ENCODES = ("merge_schedule", "merge_similarity", "uniform_clips", "hidden_size",
 
 
 class Embedder:
-    "A trained model, or the teacher's own features, as functions from features to embeddings of length 1."
-    def __init__(self,
-        model:PRVRModel|None=None, # put into evaluation mode; None: zero-shot, the teacher
-        config:Config|None=None, # how videos are prepared; default: the model's
-        device:str|torch.device="cpu", # where to compute
-    ):
+    "A trained model, or with None the teacher, as functions from features to embeddings of length 1."
+    def __init__(self, model:PRVRModel|None=None, config:Config|None=None, device:str|torch.device="cpu"):
         if model and model.config.pooling == "mean":
             raise UserError("the model was trained with pooling = mean: one vector per video has no moments; "
                             "search with a model that has pooling = max")
@@ -60,10 +56,8 @@ class Embedder:
                             "use the features it was trained on")
 
     @torch.no_grad()
-    def embed_videos(self,
-        arrays:list, # of (T, D_v) float32 features, at_once of them or fewer
-    )->list: # of ((n, d) frames, (L_c, d) clips, (L_c,) frame tokens per clip), float32 on the CPU
-        "Tokens of videos. The teacher's have no clips, and of a short video each frame once."
+    def embed_videos(self, arrays:list)->list: # (T, D_v) features of some videos → (n, d) frames, (m, d) clips, sizes
+        "Tokens of videos, on the CPU. The teacher's have no clips, and of a short video each frame once."
         self.check_width("video", arrays)
         videos, half = prepare_videos(arrays, self.config), STORED[self.config.precision]
         parts = (x.to(self.device) for x in (videos.frames.to(half), videos.clips.to(half), videos.sizes))
@@ -79,11 +73,8 @@ class Embedder:
         return [(x[mine], x[:0], []) for x, mine in zip(frames, once, strict=True)]
 
     @torch.no_grad()
-    def embed_queries(self,
-        arrays:list, # of (L_q, D_q) float32 token features, last row [EOS]
-        block:int=64, # queries at once
-    )->Tensor: # (Q, d) float32 of length 1, on the CPU
-        "Embeddings of queries."
+    def embed_queries(self, arrays:list, block:int=64)->Tensor: # (L_q, D_q) features, last row [EOS] → (Q, d)
+        "Embeddings of queries, on the CPU."
         found = []
         for some in in_chunks(arrays, block):
             self.check_width("query", some)
@@ -126,12 +117,8 @@ def describe_text(root:str|Path, dataset:str, model:str|None=None)->dict|None: #
     return recognise(root, dataset, model) if model else None
 
 
-def open_text(
-    about:dict|None, # of an index, or from describe_text
-    model:str|None=None, # where the text model is now, if not where it was
-    device:str|torch.device|None=None, # default: the GPU if there is one
-)->TextEncoder:
-    "The text encoder that a description names; another one is refused."
+def open_text(about:dict|None, model:str|None=None, device:str|torch.device|None=None)->TextEncoder:
+    "The text encoder that a description names, at the place where it is now; another one is refused."
     if about is None:
         raise UserError("nothing says which text encoder made the features; build the index with --text-model NAME")
     if "toy" in about:

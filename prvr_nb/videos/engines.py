@@ -32,21 +32,20 @@ class Tokens(NamedTuple):
 
 
 class Engine(Protocol):
-    "What an index asks of an engine. Videos go by their position: the order in which they were added."
-    state:dict # what opens it again, for the manifest: 'name', 'counts' of tokens for both branches, and its own things
+    """What an index asks of an engine. Videos go by their position: the order in which they were added.
+
+    `state` is what opens it again, for the manifest: its name, the counts of tokens per video, and its own things.
+    `candidates` gives falling scores of a branch's tokens and the positions of their videos; fewer than n_tokens only
+    where the branch has no more. `close` is called once the manifest holds a new state: what it replaces may go.
+    """
+    state:dict
     n_bytes:int # of all vectors
     width:int # d
-
-    def add(self, videos:Iterable): "Take in videos (Tokens), behind those that are there."
-
-    def remove(self, gone:set): "Forget the videos at some positions; those behind them move up."
-
-    def candidates(self, branch:str, query:ndarray, n_tokens:int)->tuple: # (n,) falling scores, (n,) their videos
-        "The tokens that a (d,) query comes nearest to; fewer than n_tokens only where the branch has no more."
-
-    def vectors(self, videos:Iterable)->Iterator: "The Tokens of the videos at some positions."
-
-    def close(self): "Let go of what a change has replaced; called once the manifest holds the new state."
+    def add(self, videos:Iterable): ... # of Tokens, behind those that are there
+    def remove(self, gone:set): ... # positions
+    def candidates(self, branch:str, query:ndarray, n_tokens:int)->tuple: ...
+    def vectors(self, videos:Iterable)->Iterator: ... # positions → Tokens
+    def close(self): ...
 
 
 def checksum(path:Path)->str: # 16 hexadecimal digits
@@ -77,7 +76,7 @@ def one_thread()->Iterator:
 
 class FaissEngine:
     "Vectors in a folder, one file per branch, mapped; the nearest tokens are found for certain."
-    name, files = "faiss", ("frames.npy", "clips.npy")
+    name, files, width, n_bytes = "faiss", ("frames.npy", "clips.npy"), 1, 0
 
     def __init__(self, folder:Path, state:dict|None=None): # of the index, from its manifest; None: no videos yet
         self.folder = folder
@@ -98,17 +97,10 @@ class FaissEngine:
         if any(rows.dtype != "<f2" or len(rows) != self.start[branch][-1] for branch, rows in self.rows.items()):
             raise UserError(f"{place} does not belong to its index; delete {self.folder} and build the index again")
         self.index = {branch: self.searchable(branch) for branch in BRANCHES}
+        self.width, self.n_bytes = self.rows["frames"].shape[1], sum(rows.nbytes for rows in self.rows.values())
 
     def searchable(self, branch:str)->faiss.Index:
         return flat_index(self.rows[branch])
-
-    @property
-    def n_bytes(self)->int:
-        return sum(rows.nbytes for rows in self.rows.values())
-
-    @property
-    def width(self)->int:
-        return self.rows["frames"].shape[1]
 
     def __len__(self)->int: # videos
         return len(self.start["frames"]) - 1
@@ -121,10 +113,14 @@ class FaissEngine:
         n_tokens = min(n_tokens, len(self.rows[branch]))
         if not n_tokens:
             return np.zeros(0, np.float32), np.zeros(0, np.int64)
+        index = self.index[branch]
+        if isinstance(index, faiss.IndexHNSW):
+            index.hnsw.efSearch = n_tokens # as many candidates as are asked for
         with one_thread():
-            scores, rows = (x[0] for x in self.index[branch].search(query[None], n_tokens))
-        found = rows >= 0 # a graph may reach fewer
-        return scores[found], self.start[branch].searchsorted(rows[found], side="right") - 1
+            scores, rows = index.search(query[None], n_tokens)
+            if (rows < 0).any(): # a graph with islands does not reach as many
+                scores, rows = flat_index(self.rows[branch]).search(query[None], n_tokens)
+        return scores[0], self.start[branch].searchsorted(rows[0], side="right") - 1
 
     def add(self, videos:Iterable):
         self.rewrite(chain(self.vectors(range(len(self))), videos))
@@ -150,7 +146,7 @@ class FaissEngine:
         for tokens in chain(first, videos):
             for branch, rows in zip(BRANCHES, tokens, strict=True):
                 if rows.shape[1] != like.shape[1]:
-                    raise UserError(f"these vectors have width {rows.shape[1]}, those of {self.folder} {like.shape[1]}: "
+                    raise UserError(f"{self.folder} has vectors of width {like.shape[1]}, these have {rows.shape[1]}: "
                                     "they lie in different spaces; build an index of their own")
                 writers[branch].add(rows)
                 counts[branch].append(len(rows))

@@ -214,12 +214,12 @@ def build_index(
     embedder:Embedder, # what turns videos into embeddings
     root:str|Path, # folder that holds the datasets
     dataset:str|None=None, # one of them; default: the one of the configuration
-    split:str="all", # 'all' (no captions needed), 'train', 'val' or 'test'
+    split:str="all", # see stored_ids
     engine:str="faiss", # or 'faiss-hnsw': quicker from some 50,000 videos on, but it may miss some
     checkpoint:str|Path|None=None, # file of the model, noted for later searches
-    text_model:str|None=None, # text model, for datasets that do not say which
+    text_model:str|None=None, # for datasets that do not say which
     quiet:bool=False, # no progress bar
-)->VideoIndex: # opened
+)->VideoIndex:
     "Embed the videos of a dataset and store them; a killed run leaves no index."
     folder, dataset = Path(folder), dataset or embedder.config.dataset
     if engine not in ENGINES:
