@@ -65,13 +65,8 @@ class Embeddings(NamedTuple):
     clips:Tensor # (B, L_c, d)
 
 class VideoBranch(nn.Module):
-    "Tokens of one branch → encoded tokens."
-    def __init__(self,
-        d_video:int, # D_v, width of the video features
-        length:int, # L, tokens of this branch
-        positions:int, # learned positions, at least L
-        config:Config, # widths, dropout
-    ):
+    "L tokens of width D_v → L encoded tokens of width d, with at least L learned positions."
+    def __init__(self, d_video:int, length:int, positions:int, config:Config):
         super().__init__()
         self.tokens = InputTokens(d_video, config.hidden_size, positions, config.dropout)
         self.gaussian = GaussianBlocks(config.hidden_size, config.heads, config.dropout, length, config.sft_factor)
@@ -79,9 +74,7 @@ class VideoBranch(nn.Module):
     def forward(self, x, token, sizes=None): # (B, L, D_v), (1, 1, d), (B, L) → (B, L, d)
         return self.gaussian(self.tokens(x), token, sizes)
 
-def init_(
-    module:nn.Module, # any module; nn.Module.apply hands over one after the other
-):
+def init_(module:nn.Module):
     "Weights N(0, 0.02²), biases 0; layer norms keep ones and zeros."
     if isinstance(module, (nn.Linear, nn.Embedding, StackedLinear)):
         nn.init.normal_(module.weight, std=0.02)
@@ -90,11 +83,7 @@ def init_(
 
 class PRVRModel(nn.Module):
     "Query encoder, frame branch and clip branch; the projection is used by CBVA alone."
-    def __init__(self,
-        config:Config, # widths, lengths, dropout
-        d_video:int, # D_v, width of the video features
-        d_query:int, # D_q, width of the token features
-    ):
+    def __init__(self, config:Config, d_video:int, d_query:int): # D_v, D_q: widths of the features
         super().__init__()
         d = config.hidden_size
         self.config, self.d_video, self.d_query = config, d_video, d_query
