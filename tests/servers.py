@@ -119,5 +119,6 @@ def app(*flags, first=""):
     config = configparser.ConfigParser()
     config.read(ROOT / "settings.ini")
     module, function = re.search(r"prvr_app=([\w.]+):(\w+)", config["DEFAULT"]["console_scripts"]).groups()
-    source = f"import sys; sys.path.pop(0) # as in a script\n{first}\nfrom {module} import {function}\nsys.exit({function}())"
+    source = "import sys; sys.path.pop(0) # as in a script\n"
+    source += f"{first}\nfrom {module} import {function}\nsys.exit({function}())"
     return [sys.executable, "-c", source, *map(str, flags)]
