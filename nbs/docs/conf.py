@@ -23,8 +23,7 @@ settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 about = settings["DEFAULT"]
 
-project = html_title = about["lib_name"]
-author = about["author"]
+project, html_title, author = about["lib_name"], about["lib_name"], about["author"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary"]
 nb_execution_mode, nb_render_markdown_format, highlight_language, smartquotes = "off", "myst", "none", False
 myst_enable_extensions, myst_heading_anchors, html_math_renderer = ["dollarmath"], 4, "mathml"
@@ -32,6 +31,7 @@ autodoc_default_options = {"members": True, "undoc-members": True, "member-order
 autodoc_preserve_defaults, autodoc_inherit_docstrings, autodoc_typehints_format = True, False, "short"
 autodoc_typehints, autodoc_typehints_description_target = "description", "documented_params"
 autosummary.WELL_KNOWN_ABBREVIATIONS += ("Eq.",)  # no end of a sentence
+autosummary_ignore_module_all = False  # helpers that a module does not list have no page
 add_module_names, toc_object_entries_show_parents, python_maximum_signature_line_length = False, "hide", 80
 nitpicky, nitpick_ignore_regex = True, [("py:.*", r"(?!prvr_nb\.).*")]  # our own names must be found
 html_theme, html_static_path, html_css_files = "sphinx_book_theme", ["static"], ["site.css"]
