@@ -61,6 +61,8 @@ def test_every_public_function_has_its_parameters(path):
     for node in ast.parse((ROOT / f"{path}.py").read_text(encoding="utf-8")).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
+        if node.name not in getattr(module, "__all__", [node.name]):  # a helper that its module does not list
+            continue
         start = text.index(f'id="{name}.{node.name}"')
         entry = letters(text[start:text.index("</dd></dl>", start)])
         function = inspect.unwrap(getattr(module, node.name))
