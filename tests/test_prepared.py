@@ -308,6 +308,7 @@ DAMAGE = {
     "no manifest": lambda e: (e / "manifest.json").unlink(),
     "manifest cut short": lambda e: (e / "manifest.json").write_text((e / "manifest.json").read_text()[:-40]),
     "manifest of another kind": lambda e: (e / "manifest.json").write_text("[1, 2]"),
+    "pipe in place of a file": lambda e: ((e / "clips.npy").unlink(), os.mkfifo(e / "clips.npy")),
     "file missing": lambda e: (e / "clips.npy").unlink(),
     "file cut short": lambda e: os.truncate(e / "frames.npy", 100),
     "file too long": lambda e: (e / "start.npy").open("ab").write(b"12345678"),

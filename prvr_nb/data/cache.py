@@ -113,6 +113,8 @@ def open_entry(
     entry: Path,  # folder
 ) -> dict | None:  # name → tensor, read from disk when it is used; None when the entry is missing or damaged
     "Memory-map an entry after its checksums are compared; writing to a tensor changes no file."
+    if not all(path.is_file() for path in entry.glob("*")):  # a pipe would wait for ever
+        return None
     try:
         sums = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))["crc32"]
         if any(checksum(entry / f"{name}.npy") != found for name, found in sums.items()):
