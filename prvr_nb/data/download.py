@@ -43,11 +43,11 @@ def archive_format(path: Path) -> str:
 
 
 def unpack(
-    archive: Path,  # zip or tar that holds a folder with TextData and FeatureData
+    archive: Path,  # holds a folder with TextData and FeatureData
+    kind: str,  # 'zip' or 'tar'
     target: Path,  # the dataset's folder to make
 ) -> Path:  # the same folder
     "Unpack a feature pack beside its place and move it there when it is complete."
-    kind = archive_format(archive)
     safe = {"filter": "data"} if kind == "tar" else {}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as folder:
         try:
@@ -82,10 +82,10 @@ def download(
     url = url or f"https://drive.google.com/uc?id={PACKS[name]}"
     archive = fetch(url, root / f"{name}-{zlib.crc32(url.encode()):08x}.archive")  # each address has a file of its own
     try:
-        archive_format(archive)
+        kind = archive_format(archive)
     except UserError:
         archive.unlink()  # useless: the next attempt begins anew
         raise
-    target = unpack(archive, root / name)
+    target = unpack(archive, kind, root / name)
     archive.unlink()
     return target
