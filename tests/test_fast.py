@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import small_config
 from test_tcpl import near_duplicates, rand
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.testing import assert_close
 
 from prvr_nb.method.encoder import CrossAttention, Dropout
@@ -185,12 +185,15 @@ def test_a_tile_compiles_in_one_graph():
         assert_close(ours, plain, rtol=1e-5, atol=1e-8)
 
 
-def test_the_device_is_never_asked_for_a_value():
-    "Tensors without values raise where code needs one."
+@pytest.mark.parametrize("loss", [tcpl_loss, fast_tcpl_loss])
+def test_the_device_is_never_asked_for_a_value(loss):
+    "Tensors without values raise where code needs one: .item(), boolean indexing, nonzero, `if tensor`."
     with FakeTensorMode():
         student = torch.randn(30, 16, requires_grad=True)
-        fast_tcpl_loss(student, torch.randn(30, 24)).backward()
+        loss(student, torch.randn(30, 24)).backward()
         assert student.grad.shape == (30, 16)
+        with pytest.raises(DynamicOutputShapeException):
+            student[student > 0]  # the mode does raise
 
 
 MEASURE = """
